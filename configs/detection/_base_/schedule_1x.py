@@ -1,0 +1,17 @@
+# 12 epochs, AdamW, steps at 8 and 11.
+_base_ = '../../_base_/runtime.py'
+
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-4, weight_decay=1e-4))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1),
+]
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+default_hooks = dict(
+    checkpoint=dict(save_best='coco/bbox_mAP'), visualization=dict(type='DetVisualizationHook')
+)
+log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
+visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+default_scope = 'mmdet'

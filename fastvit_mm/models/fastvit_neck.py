@@ -1,0 +1,54 @@
+"""The part of FastViT's classifier that lies between backbone and linear layer."""
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from .rep_conv import MobileOneBlock
+
+
+@MODELS.register_module()
+class FastViTNeck(BaseModule):
+    """Depthwise 3x3 MobileOne block with squeeze-and-excite, then global average pooling.
+
+    Takes the last of a tuple of (B, in_channels, H, W) and gives a tuple of one
+    (B, out_channels), for a linear head (section 3.2; SE reduction 1/16).
+
+    Args:
+        in_channels: width of the backbone's stage 4.
+        out_channels: a multiple of ``in_channels``; twice by default.
+        deploy: build the deploy form.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        deploy: bool = False,
+        norm_cfg: dict = dict(type='BN'),  # noqa: B006
+        act_cfg: dict = dict(type='GELU'),  # noqa: B006
+        init_cfg: dict | list | None = None,
+    ):
+        super().__init__(init_cfg)
+        self.in_channels = in_channels
+        self.out_channels = out_channels or 2 * in_channels
+        self.norm_cfg, self.act_cfg = dict(norm_cfg), dict(act_cfg)
+        self.final_conv = MobileOneBlock(
+            in_channels,
+            self.out_channels,
+            3,
+            groups=in_channels,
+            se_reduction=16,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            deploy=deploy,
+        )
+
+    def forward(self, feats: tuple[Tensor, ...]) -> tuple[Tensor]:
+        x = self.final_conv(feats[-1])
+        return (F.adaptive_avg_pool2d(x, 1).flatten(1),)
+
+    def switch_to_deploy(self) -> None:
+        """Merge the block's branches in place; harmless when done twice."""
+        self.final_conv.switch_to_deploy()

@@ -1,0 +1,131 @@
+"""From the training form to the deploy form of a whole model, and the proof that they agree."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from mmengine.model import is_model_wrapper
+from torch import Tensor
+
+from .errors import FastViTError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a (Distributed)DataParallel, or the model itself."""
+    wrapped = is_model_wrapper(model) or isinstance(model, nn.DataParallel)
+    return unwrap(model.module) if wrapped else model
+
+
+def mergeable(model: nn.Module, prefix: str = '') -> dict[str, nn.Module]:
+    """Name and module of the outermost modules that have ``switch_to_deploy``."""
+    if hasattr(model, 'switch_to_deploy'):
+        return {prefix: model}
+    found = {}
+    for name, child in model.named_children():
+        found.update(mergeable(child, f'{prefix}.{name}' if prefix else name))
+    return found
+
+
+def reparameterize(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in its deploy form, in eval mode; ``model`` itself stays as it is.
+
+    Merges every module that has ``switch_to_deploy``: FastViT, its neck, and other backbones that
+    follow this convention of OpenMMLab (RepVGG, MobileOne). A model wrapper is taken off.
+
+    Raises:
+        FastViTError: nothing to merge.
+    """
+    model = copy.deepcopy(unwrap(model)).eval()
+    before = set(model.state_dict())
+    for module in mergeable(model).values():
+        module.switch_to_deploy()
+    if set(model.state_dict()) == before:
+        raise FastViTError(
+            f'{type(model).__name__} has nothing to reparameterize: no part of it has '
+            'branches to merge, or it is already in the deploy form; test it without --reparam'
+        )
+    return model
+
+
+@dataclass
+class Agreement:
+    """How far the deploy form's outputs are from the training form's, on one input.
+
+    Attributes:
+        difference: largest absolute difference over the largest output, over all merged modules.
+        rounding: how far the training form itself is from its own float64 result, likewise.
+        limit: what rounding explains.
+    """
+
+    difference: float
+    rounding: float
+    limit: float
+
+    @property
+    def explained(self) -> bool:
+        return self.difference <= self.limit
+
+
+def tensors(output) -> list[Tensor]:
+    """All floating-point tensors in a module's output, which may nest."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, dict) else output
+    return (
+        [t for v in values for t in tensors(v)] if isinstance(output, dict | list | tuple) else []
+    )
+
+
+def distance(output, reference) -> float:
+    """Largest absolute difference, relative to the largest absolute value of the reference."""
+    worst = 0.0
+    for a, b in zip(tensors(output), tensors(reference), strict=True):
+        a, b = a.double(), b.double()
+        worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
+    return worst
+
+
+@torch.no_grad()
+def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
+    """Hold the merged modules of ``merged`` against those of ``model`` on images ``inputs``.
+
+    Each merged module of ``model`` meets the very input it gets in ``model``, and its deploy form
+    meets the same. What rounding explains is measured: the same module once more in float64.
+
+    Args:
+        inputs: (B, 3, H, W), normalized.
+    """
+    model = unwrap(model)
+    calls = {}
+
+    def keep(name):
+        return lambda module, args, output: calls.setdefault(name, (args, output))
+
+    modules = mergeable(model)
+    handles = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
+    states = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        model.extract_feat(inputs) if hasattr(model, 'extract_feat') else model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in states.items():
+            module.training = training
+
+    difference = rounding = 0.0
+    for name, (args, output) in calls.items():
+        deployed = merged.get_submodule(name)(*args)
+        exact_args = [to_double(a) for a in args]
+        reference = copy.deepcopy(modules[name]).eval().double()(*exact_args)
+        difference = max(difference, distance(deployed, output))
+        rounding = max(rounding, distance(output, reference))
+    eps = torch.finfo(inputs.dtype).eps
+    return Agreement(difference, rounding, limit=10 * max(rounding, eps))
+
+
+def to_double(value):
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(to_double(v) for v in value) if isinstance(value, list | tuple) else value
