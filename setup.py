@@ -1,0 +1,101 @@
+"""What `pip install` puts where; the rest of the settings are in pyproject.toml."""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+# The two families install the same import names (mmengine, mmcv, mmdet, ...), so that neither may
+# be a requirement of the package itself: it would overwrite the other one. Upper bounds are those
+# that the families assert on import.
+EXTRAS = {
+    'onedl': [
+        'onedl-mmengine>=0.10.12',
+        'onedl-mmcv>=2.3.6,<2.4',
+        'onedl-mmdetection>=3.5.1',
+        'onedl-mmsegmentation>=1.4.2',
+        'onedl-mmpretrain>=1.3.6',
+    ],
+    'openmmlab': [
+        'mmengine>=0.10.7',
+        # the compiled mmcv has no wheel for current torch versions and needs a compiler
+        'mmcv-lite>=2.1.0,<2.2',
+        'mmdet>=3.3.0',
+        'mmsegmentation>=1.2.2',
+        'mmpretrain>=1.2.0',
+        # used but not declared: mmseg's text encoder
+        'ftfy',
+        'regex',
+        # used but not declared: mmengine needs pkg_resources, which later versions lack
+        'setuptools<81',
+    ],
+    'test': [
+        'pytest',
+        'ruff',
+        'setuptools>=70.1',
+        'timm>=1.0.22',
+    ],
+}
+
+
+class BuildPy(build_py):
+    """Adds configs/ and model-index.yml as `fastvit_mm/.mim`, where `fastvit_mm::` looks."""
+
+    def run(self):
+        if self.editable_mode:
+            self.put(ROOT / 'fastvit_mm' / '.mim', link=True)
+        else:
+            # an earlier build may have left files here that no longer exist
+            shutil.rmtree(Path(self.build_lib, 'fastvit_mm'), ignore_errors=True)
+            self.put(Path(self.build_lib, 'fastvit_mm', '.mim'), link=False)
+        super().run()
+
+    @staticmethod
+    def put(target, link):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        # mmengine reads the index before it looks for a config, so that there must be one
+        (target / 'model-index.yml').write_text('Import: []\n')
+        for name in ('configs', 'model-index.yml'):
+            source = ROOT / name
+            if not source.exists():
+                continue
+            (target / name).unlink(missing_ok=True)
+            if link:
+                (target / name).symlink_to(Path('..', '..', name))
+            elif source.is_dir():
+                ignore = shutil.ignore_patterns('__pycache__', '*.pyc')
+                shutil.copytree(source, target / name, ignore=ignore)
+            else:
+                shutil.copy(source, target / name)
+
+
+def version():
+    text = (ROOT / 'fastvit_mm' / '__init__.py').read_text(encoding='utf-8')
+    return re.search(r"^__version__ = '(.+)'", text, re.MULTILINE).group(1)
+
+
+def readme():
+    path = ROOT / 'README.md'
+    return path.read_text(encoding='utf-8') if path.exists() else ''
+
+
+setup(
+    name='fastvit_mm',
+    version=version(),
+    description='The FastViT backbone for the OpenMMLab stack',
+    long_description=readme(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['fastvit_mm', 'fastvit_mm.*']),
+    python_requires='>=3.10',
+    # 2.13.0 exists for the CPU only and has no torchvision; torchvision names its own torch
+    install_requires=['torch>=2.4,!=2.13.0', 'torchvision>=0.19'],
+    extras_require=EXTRAS,
+    cmdclass={'build_py': BuildPy},
+    zip_safe=False,
+)
