@@ -16,6 +16,7 @@ from .errors import FastViTError  # noqa: E402
 from .hooks import ReparameterizeHook  # noqa: E402
 from .models import ARCHS, FastViT, FastViTNeck  # noqa: E402
 from .reparameterize import reparameterize  # noqa: E402
+from .weights import Pretrained  # noqa: E402, F401  (registers itself)
 
 __version__ = '0.1.0'
 __all__ = [

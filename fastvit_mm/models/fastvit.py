@@ -6,6 +6,7 @@ of :data:`ARCHS`. Parameter names are timm's, so that timm's weights load as the
 
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -70,6 +71,9 @@ def parse_arch(arch: str | dict) -> dict:
     for key in ('depths', 'widths', 'attention'):
         if len(settings[key]) != 4:
             raise FastViTError(f'arch: {key} needs four values, got {settings[key]!r}')
+    for before, width in pairwise(settings['widths']):
+        if width % before:
+            raise FastViTError(f'arch: width {width} is not a multiple of {before}, the one before')
     for width, attends in zip(settings['widths'], settings['attention'], strict=True):
         if attends and width % HEAD_WIDTH:
             raise FastViTError(
@@ -284,27 +288,29 @@ class Stage(nn.Module):
 
 @contextmanager
 def frozen_statistics(module: nn.Module):
-    """Normalize by the batch but count it only once: recomputing must not move the running means."""
+    """Normalize by the batch without counting it: a recomputed batch must not count twice."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 @MODELS.register_module()
 class FastViT(BaseModule):
     """FastViT as an OpenMMLab backbone: (B, in_channels, H, W) to a tuple of stage outputs.
 
-    Output i of ``out_indices`` is (B, widths[i], H / (4 * 2**i), W / (4 * 2**i)), rounded up, taken
-    from the end of stage i. Input of any size from 32 up, RGB, normalized with ImageNet's statistics.
+    Output i of ``out_indices`` is (B, widths[i], H / (4 * 2**i), W / (4 * 2**i)), rounded up, from
+    the end of stage i. Input of any size from 32 up, RGB, normalized with ImageNet's statistics.
     Stages behind the last of ``out_indices`` are not built.
 
     Args:
-        arch: one of t8, t12, s12, sa12, sa24, sa36, ma36, or a dict of settings (:func:`parse_arch`).
+        arch: t8, t12, s12, sa12, sa24, sa36, ma36, or a dict of settings (:func:`parse_arch`).
         in_channels: channels of the input.
         out_indices: stages to give, from 0 to 3.
         feature_norm: a BatchNorm on every output (``norm0`` to ``norm3``), as for dense prediction.
@@ -315,12 +321,12 @@ class FastViT(BaseModule):
         deploy: build the deploy form (see :meth:`switch_to_deploy`).
         norm_cfg: BN or SyncBN.
         act_cfg: activation everywhere.
-        init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint=...)`` reads the authors', timm's
-            and OpenMMLab's files, strictly.
+        init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint=...)`` reads the authors',
+            timm's and OpenMMLab's files, strictly.
 
     Raises:
-        FastViTError: an unknown ``arch``, ``out_indices`` or ``frozen_stages`` out of range, an input
-            smaller than 32.
+        FastViTError: an unknown ``arch``, ``out_indices`` or ``frozen_stages`` out of range, an
+            input smaller than 32.
     """
 
     def __init__(
@@ -334,8 +340,8 @@ class FastViT(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         deploy: bool = False,
-        norm_cfg: dict = dict(type='BN'),  # noqa: B006
-        act_cfg: dict = dict(type='GELU'),  # noqa: B006
+        norm_cfg: dict = dict(type='BN'),
+        act_cfg: dict = dict(type='GELU'),
         init_cfg: dict | list | None = None,
     ):
         super().__init__(init_cfg)
@@ -345,14 +351,18 @@ class FastViT(BaseModule):
             raise FastViTError(f'out_indices {out_indices} out of range: choose from 0, 1, 2, 3')
         if frozen_stages not in range(-1, 5):
             raise FastViTError(f'frozen_stages {frozen_stages} out of range: choose from -1 to 4')
-        self.arch = arch
         self.settings = settings
-        self.in_channels = in_channels
         self.out_indices = out_indices
         self.feature_norm = feature_norm
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.norm_cfg, self.act_cfg = dict(norm_cfg), dict(act_cfg)
+        self.network = dict(
+            arch=arch,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+        )
 
         args = dict(norm_cfg=norm_cfg, act_cfg=act_cfg, deploy=deploy)
         depths, widths = settings['depths'], settings['widths']
@@ -417,6 +427,10 @@ class FastViT(BaseModule):
         for module in list(self.modules()):
             if module is not self and hasattr(module, 'switch_to_deploy'):
                 module.switch_to_deploy()
+
+    def training_form(self) -> 'FastViT':
+        """A fresh network of the same shape with all its branches and without output norms."""
+        return FastViT(**self.network)
 
     def freeze(self) -> None:
         """Stop gradients and statistics of the ``frozen_stages``."""

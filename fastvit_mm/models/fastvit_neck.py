@@ -26,17 +26,18 @@ class FastViTNeck(BaseModule):
         in_channels: int,
         out_channels: int | None = None,
         deploy: bool = False,
-        norm_cfg: dict = dict(type='BN'),  # noqa: B006
-        act_cfg: dict = dict(type='GELU'),  # noqa: B006
+        norm_cfg: dict = dict(type='BN'),
+        act_cfg: dict = dict(type='GELU'),
         init_cfg: dict | list | None = None,
     ):
         super().__init__(init_cfg)
-        self.in_channels = in_channels
-        self.out_channels = out_channels or 2 * in_channels
-        self.norm_cfg, self.act_cfg = dict(norm_cfg), dict(act_cfg)
+        out_channels = out_channels or 2 * in_channels
+        self.network = dict(
+            in_channels=in_channels, out_channels=out_channels, norm_cfg=norm_cfg, act_cfg=act_cfg
+        )
         self.final_conv = MobileOneBlock(
             in_channels,
-            self.out_channels,
+            out_channels,
             3,
             groups=in_channels,
             se_reduction=16,
@@ -48,6 +49,10 @@ class FastViTNeck(BaseModule):
     def forward(self, feats: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = self.final_conv(feats[-1])
         return (F.adaptive_avg_pool2d(x, 1).flatten(1),)
+
+    def training_form(self) -> 'FastViTNeck':
+        """A fresh neck of the same shape with all its branches."""
+        return FastViTNeck(**self.network)
 
     def switch_to_deploy(self) -> None:
         """Merge the block's branches in place; harmless when done twice."""

@@ -1,0 +1,124 @@
+"""What the tools share: reading a config, checking what it needs, and running with clear errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.runner import Runner as BaseRunner
+
+from . import weights
+from .demo import apply_demo
+from .errors import FastViTError
+from .reparameterize import unwrap
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that every tool with a config takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='settings to change: key=value ...'
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that the arguments ask for.
+
+    Raises:
+        FastViTError: no such file, or it cannot be read.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = Path(args.config)
+    if not path.is_file():
+        raise FastViTError(f'config {path} does not exist: the configs are under configs/<task>/')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        raise FastViTError(f'config {path} cannot be read: {weights.one_line(error)}') from error
+    if args.demo:
+        apply_demo(cfg)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    folder = Path('work_dirs', 'demo' if args.demo else '', path.stem)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(folder)
+    return cfg
+
+
+def datasets_in(node) -> Iterator[ConfigDict]:
+    """Every data set in a dataloader's config, inside wrappers such as RepeatDataset too."""
+    if isinstance(node, list | tuple):
+        for child in node:
+            yield from datasets_in(child)
+    elif isinstance(node, dict):
+        if 'data_root' in node:
+            yield node
+        for key in ('dataset', 'datasets'):
+            yield from datasets_in(node.get(key))
+
+
+def expected_paths(dataset: dict) -> list[str]:
+    """Files and folders below its root that a data set's config names."""
+    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+    parts = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
+    return [p for p in [*parts, dataset.get('ann_file')] if p]
+
+
+def check_data(cfg: Config, *stages: str) -> None:
+    """Fail early, and helpfully, when a data set is not there.
+
+    Args:
+        stages: of train, val, test.
+    """
+    found = [d for s in stages for d in datasets_in(cfg.get(f'{s}_dataloader'))]
+    for dataset in found:
+        root = Path(dataset['data_root'])
+        paths = [root, *(root / p for p in expected_paths(dataset))]
+        if missing := [p for p in paths if not p.exists()]:
+            same_root = [d for d in found if d['data_root'] == dataset['data_root']]
+            layout = dict.fromkeys(p for d in same_root for p in expected_paths(d))
+            raise FastViTError(
+                f'data set not found: {missing[0]} is missing; {dataset["type"]} expects '
+                f'{", ".join(layout)} under {root.resolve()}; see docs/data.md, '
+                'or add --demo to run on generated data'
+            )
+
+
+class Runner(BaseRunner):
+    """mmengine's runner, with checkpoints read safely and loaded strictly."""
+
+    def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
+        model = unwrap(self.model)
+        tests_only = self._train_dataloader is None
+        checkpoint = weights.prepare(model, filename, whole=self._resume or tests_only)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'], strict=False)
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        return checkpoint
+
+
+def run(main: Callable[[list[str] | None], None]) -> None:
+    """Call ``main``; an error that is meant for people ends as one line and exit code 2."""
+    try:
+        main(None)
+    except FastViTError as error:
+        # A registry that was building something repeats the error with its own prefix.
+        while isinstance(error.__context__, FastViTError):
+            error = error.__context__
+        sys.stdout.flush()
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        sys.exit(2)

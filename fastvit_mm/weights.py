@@ -1,0 +1,455 @@
+"""Weights from files: read without running code, recognized by their keys, loaded strictly.
+
+Four layouts hold FastViT's weights: the authors', timm's, ours, and whole OpenMMLab models with a
+FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, ``head.*``) here.
+"""
+
+import argparse
+import bisect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model.weight_init import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import Tensor
+
+from .errors import FastViTError
+from .models import ARCHS, FastViT, FastViTNeck
+from .models.fastvit import parse_arch
+from .models.rep_conv import RepConv
+from .reparameterize import unwrap
+
+State = dict[str, Tensor]
+
+PUBLISHED = (
+    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/'
+    'image_classification_{kind}/fastvit_{arch}.pth.tar'
+)
+KINDS = {'apple_in1k': 'models', 'apple_dist_in1k': 'distilled_models'}
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def find(source: str | Path) -> Path:
+    """Local path of ``source``: a file, an address, or a short name such as
+    ``fastvit_sa36.apple_in1k`` or ``fastvit_sa36.apple_dist_in1k``.
+
+    Downloads are kept in ``torch.hub.get_dir()``/checkpoints, which TORCH_HOME sets.
+
+    Raises:
+        FastViTError: no such file, or the address cannot be reached.
+    """
+    source = str(source)
+    short = re.fullmatch(r'fastvit_(\w+)\.(\w+)', source)
+    if short and short[1] in ARCHS and short[2] in KINDS:
+        address = PUBLISHED.format(arch=short[1], kind=KINDS[short[2]])
+        # The distilled files have the plain ones' names: keep them apart.
+        cached = Path(torch.hub.get_dir(), 'checkpoints', f'{source}.pth.tar')
+    elif source.startswith(('http://', 'https://')):
+        address = source
+        cached = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(source).path).name)
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            names = f'fastvit_<{"|".join(ARCHS)}>.<{"|".join(KINDS)}>'
+            raise FastViTError(
+                f'checkpoint {source!r} does not exist: give a file, an address or a name {names}'
+            )
+        return path
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(cached))
+        except OSError as error:
+            raise FastViTError(
+                f'cannot fetch {address} ({error}): download it elsewhere and save it as {cached}'
+            ) from error
+    return cached
+
+
+def harmless_types() -> list:
+    """What real checkpoints hold beside tensors; none of it runs code when unpickled."""
+    core = np._core if hasattr(np, '_core') else np.core
+    scalar, rebuild = core.multiarray.scalar, core.multiarray._reconstruct
+    kinds = [np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_]
+    dtypes = {type(np.dtype(k)) for k in kinds}
+    return [
+        argparse.Namespace,
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        # Both spellings: numpy 2 renamed numpy.core.
+        *[
+            (f, f'numpy.{c}.multiarray.{f.__name__}')
+            for f in (scalar, rebuild)
+            for c in ('core', '_core')
+        ],
+    ]
+
+
+def read(source: str | Path) -> dict:
+    """What a checkpoint file holds, on the CPU; no code in it is run.
+
+    Args:
+        source: see :func:`find`; PyTorch's format or ``.safetensors``.
+
+    Raises:
+        FastViTError: the file is damaged, or holds types that are not plain data.
+    """
+    path = find(source)
+    if path.suffix == '.safetensors':
+        return read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals(harmless_types()):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        refused = re.search(
+            r'(?:Unsupported (?:global|class|operand)\W+(?:GLOBAL )?)([\w.]+)', str(error)
+        )
+        if refused:
+            raise FastViTError(
+                f'{path} holds a {refused[1]}, which is not plain data and could run code: '
+                'refused; save its state_dict alone with torch.save'
+            ) from error
+        raise FastViTError(
+            f'{path} is truncated or not a checkpoint ({one_line(error)}): fetch or save it again'
+        ) from error
+
+
+def read_safetensors(path: Path) -> State:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise FastViTError(f'{path} needs safetensors: pip install safetensors') from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FastViTError(f'{path} is truncated or not a safetensors file: {error}') from error
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def state_dict_of(checkpoint: dict, source) -> State:
+    """The tensors of a checkpoint, without the wrappers that training scripts add."""
+    for key in ('state_dict', 'model', 'state_dict_ema'):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if (
+        not isinstance(checkpoint, dict)
+        or not checkpoint
+        or not all(isinstance(v, Tensor) for v in checkpoint.values())
+    ):
+        raise FastViTError(f'{source} holds no weights: a state_dict of tensors was expected')
+    prefix = 'module.'
+    if all(k.startswith(prefix) for k in checkpoint):
+        checkpoint = {k[len(prefix) :]: v for k, v in checkpoint.items()}
+    return checkpoint
+
+
+# ------------------------------------------------------------------------- names of the layouts
+
+# (authors' regular expression, timm's replacement), in this order.
+AUTHORS_TO_TIMM = [
+    (r'^patch_embed\.', 'stem.'),
+    (r'\brbr_conv\b', 'conv_kxk'),
+    (r'\brbr_scale\b', 'conv_scale'),
+    (r'\brbr_skip\b', 'identity'),
+    (r'\blkb_origin\b', 'large_conv'),
+    (r'\blkb_reparam\b', 'reparam_conv'),
+    (r'\bconvffn\b', 'mlp'),
+    (r'\bse\.reduce\b', 'se.fc1'),
+    (r'\bse\.expand\b', 'se.fc2'),
+    (r'\b(layer_scale(?:_\d)?)$', r'\1.gamma'),
+    (r'^conv_exp\.', 'final_conv.'),
+    (r'^head\.', 'head.fc.'),
+]
+
+
+def authors_to_timm(state: State) -> State:
+    """Rename the authors' keys to timm's; keys already in place stay."""
+    # network.{i} is a flat list: a stage ends where a downsampling (proj) stands.
+    cuts = sorted({int(m[1]) for k in state if (m := re.match(r'network\.(\d+)\.proj\.', k))})
+
+    def rename(key: str) -> str:
+        if found := re.match(r'network\.(\d+)\.', key):
+            index, rest = int(found[1]), key[found.end() :]
+            stage = f'stages.{bisect.bisect_right(cuts, index)}'
+            if rest.startswith('proj.'):
+                key = f'{stage}.downsample.{rest}'
+            elif rest.startswith(('pe.', 'reparam_conv.')):
+                key = f'{stage}.pos_emb.{rest.replace("pe.", "pos_enc.", 1)}'
+            else:
+                key = f'{stage}.blocks.{rest}'
+        for pattern, replacement in AUTHORS_TO_TIMM:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    return {rename(k): v for k, v in state.items()}
+
+
+def recognize(state: State) -> str | None:
+    """'apple', 'timm' (also our bare backbone), 'mm' (a whole model), or None."""
+    if any(k.startswith('patch_embed.0.') for k in state):
+        return 'apple'
+    if any(k.startswith('stem.0.') for k in state):
+        return 'timm'
+    if any(k.startswith('backbone.stem.0.') for k in state):
+        return 'mm'
+    return None
+
+
+def to_mm(state: State, source='the file') -> State:
+    """Any of the layouts to OpenMMLab's names; names already in place stay.
+
+    Raises:
+        FastViTError: no FastViT in it.
+    """
+    layout = recognize(state)
+    if layout is None:
+        raise FastViTError(
+            f'{source} is not a FastViT: its first names are {", ".join(list(state)[:3])}'
+        )
+    if layout == 'mm':
+        return state
+    if layout == 'apple':
+        state = authors_to_timm(state)
+
+    def place(key: str) -> str:
+        if key.startswith('final_conv.'):
+            return f'neck.{key}'
+        return key if key.startswith('head.') else f'backbone.{key}'
+
+    return {place(k): v for k, v in state.items()}
+
+
+def describe(state: State) -> str:
+    """Which FastViT a backbone's state dict holds, in either form, for messages: 'FastViT-SA12'."""
+    depths, widths, attention = [0] * 4, [0] * 4, [0] * 4
+    hidden = 0
+    for key, value in state.items():
+        if not (found := re.match(r'stages\.(\d)\.blocks\.(\d+)\.(.*)', key)):
+            continue
+        stage, block, rest = int(found[1]), int(found[2]), found[3]
+        depths[stage] = max(depths[stage], block + 1)
+        attention[stage] |= rest.startswith('token_mixer.qkv')
+        if rest == 'mlp.fc2.weight':
+            widths[stage], hidden = value.shape[:2]
+    for name in ARCHS:
+        arch = parse_arch(name)
+        if (
+            tuple(depths) == arch['depths']
+            and tuple(widths) == arch['widths']
+            and tuple(attention) == arch['attention']
+            and hidden == arch['ffn_ratio'] * widths[3]
+        ):
+            return f'FastViT-{name.upper()}'
+    return f'a FastViT with depths {depths} and widths {widths}'
+
+
+# ------------------------------------------------------------------------------------- deploying
+
+
+def merge_state(module: FastViT | FastViTNeck, state: State) -> State:
+    """Weights for ``module``, which is in the deploy form, from its weights in any form.
+
+    The authors' and timm's deploy forms keep the BatchNorms and scales outside their branches.
+    A twin in that very form loads them strictly and is merged the rest of the way.
+    """
+    if 'stages.0.blocks.0.mlp.conv.reparam_conv.weight' in state:
+        return state  # merged completely
+    norms = {k: v for k, v in state.items() if re.match(r'norm\d\.', k)}
+    twin = module.training_form().eval()
+    for name, part in twin.named_modules():
+        if isinstance(part, RepConv) and f'{name}.reparam_conv.weight' in state:
+            part.switch_to_deploy()
+    twin.to(next(v for v in state.values() if v.is_floating_point()).dtype)
+    missing, unexpected = incompatible(twin.state_dict(), without(state, norms))
+    if missing or unexpected:
+        return state  # not this network: the check that follows says so
+    twin.load_state_dict(without(state, norms), strict=False)
+    twin.switch_to_deploy()
+    return twin.state_dict() | norms
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def starting_with(state: State, prefix: str) -> State:
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def without(state: State, keys: Iterable[str]) -> State:
+    keys = set(keys)
+    return {k: v for k, v in state.items() if k not in keys}
+
+
+def first(keys: Iterable[str]) -> str:
+    keys = sorted(keys)
+    return ', '.join(keys[:3]) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+
+
+def incompatible(target: State, state: State) -> tuple[set[str], set[str]]:
+    """Keys missing from ``state`` and keys it has too many; another shape is both."""
+    shapes = {k for k in target if k in state and target[k].shape != state[k].shape}
+    # Files from before PyTorch 0.4.1 have no counters; they matter only without momentum.
+    missing = {k for k in set(target) - set(state) if not k.endswith('num_batches_tracked')}
+    return missing | shapes, set(state) - set(target) | shapes
+
+
+def place(state: State, backbone: str) -> State:
+    """Move OpenMMLab's names to where ``backbone`` (a module's name, '' for itself) has them."""
+    if not backbone:
+        return starting_with(state, 'backbone.')
+    parent = backbone[: backbone.rfind('.') + 1]
+    return {
+        f'{backbone}.{k[9:]}' if k.startswith('backbone.') else parent + k: v
+        for k, v in state.items()
+    }
+
+
+def fit(model: nn.Module, state: State, source, whole: bool) -> State:
+    """``state``, in OpenMMLab's names, in ``model``'s form and cut to its keys (:func:`load`)."""
+    own = {n: m for n, m in model.named_modules() if isinstance(m, FastViT | FastViTNeck)}
+    backbone = next(n for n, m in own.items() if isinstance(m, FastViT))
+    own = {f'{n}.' if n else '': m for n, m in own.items()}
+    prefix = f'{backbone}.' if backbone else ''
+    built = len(own[prefix].stages)
+    state = place(state, backbone)
+    found = describe(starting_with(state, prefix))
+    wanted = describe(own[prefix].state_dict())
+    unbuilt = tuple(f'{prefix}stages.{i}.' for i in range(built, 4))
+    if built < 4:
+        state = {k: v for k, v in state.items() if not k.startswith(unbuilt)}
+        found = wanted
+
+    target = model.state_dict()
+    for start, module in own.items():
+        have = starting_with(state, start)
+        if any('reparam_conv' in k for k in starting_with(target, start)):
+            if have:
+                state = {k: v for k, v in state.items() if not k.startswith(start)}
+                state |= {start + k: v for k, v in merge_state(module, have).items()}
+        elif any(k.endswith('reparam_conv.weight') for k in have):
+            raise FastViTError(
+                f'{source} is in the deploy form, the model in the training form: load the '
+                'training form of these weights, or build the model with deploy=True '
+                '(--cfg-options model.backbone.deploy=True; a classifier also model.neck.deploy=True)'
+            )
+
+    missing, unexpected = incompatible(target, state)
+    if not whole:
+        required = {k for k in target if k.startswith(tuple(own))}
+        required -= {k for k in required if re.match(re.escape(prefix) + r'norm\d\.', k)}
+        if not any(k.startswith(tuple(s for s in own if s != prefix) or ('?',)) for k in state):
+            # A backbone's file: the classifier's neck is part of the new head.
+            required = {k for k in required if k.startswith(prefix)}
+        fresh = missing - required
+        foreign = {
+            k for k in unexpected if not k.startswith(tuple(own)) or k.startswith(f'{prefix}norm')
+        } | (fresh & unexpected)
+        missing, unexpected = missing & required, unexpected - foreign
+        state = without(state, foreign)
+        if fresh:
+            print_log(
+                f'{source}: not in the file, so freshly initialized: {first(fresh)}', 'current'
+            )
+    if missing or unexpected:
+        raise FastViTError(mismatch(source, found, wanted, missing, unexpected, state, target))
+    return state
+
+
+def mismatch(source, found, wanted, missing, unexpected, state, target) -> str:
+    """One line that says why a file does not fit."""
+    text = f'{source} does not fit: this is {found}; the model is {wanted}'
+    if found == wanted:
+        text = f'{source} does not fit: {found} as the model is, but of another task or data set'
+    shapes = missing & unexpected
+    details = []
+    if missing - shapes:
+        details.append(f'missing in the file: {first(missing - shapes)}')
+    if unexpected - shapes:
+        details.append(f'unknown to the model: {first(unexpected - shapes)}')
+    if shapes:
+        sizes = (f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}' for k in shapes)
+        details.append(f'of another shape: {first(sizes)}')
+    return '; '.join([text, *details])
+
+
+def has_fastvit(model: nn.Module) -> bool:
+    return any(isinstance(m, FastViT) for m in model.modules())
+
+
+def prepare(model: nn.Module, source: str | Path, whole: bool = False) -> dict:
+    """Read a checkpoint; its ``state_dict`` is then what ``model`` takes. See :func:`load`."""
+    model = unwrap(model)
+    checkpoint = read(source)
+    state = state_dict_of(checkpoint, source)
+    if has_fastvit(model):
+        state = fit(model, to_mm(state, source), source, whole)
+    elif whole and any(wrong := incompatible(model.state_dict(), state)):
+        raise FastViTError(
+            mismatch(
+                source, 'another model', type(model).__name__, *wrong, state, model.state_dict()
+            )
+        )
+    # mmengine would run a config that it finds here as Python code.
+    meta = {k: v for k, v in (checkpoint.get('meta') or {}).items() if k != 'config'}
+    return {**checkpoint, 'state_dict': state, 'meta': meta}
+
+
+def load(model: nn.Module, source: str | Path, whole: bool = False) -> None:
+    """Load weights of any layout (see the module's docstring) into ``model``, strictly.
+
+    Args:
+        model: a :class:`FastViT` or a model that has one as its backbone, in either form. A model
+            in the deploy form takes weights of every form; they are merged as they load.
+        source: a file, an address or a short name (:func:`find`).
+        whole: as for a test: nothing may be missing. Otherwise, as for fine-tuning, what is not
+            FastViT's own (another task's head) and ``feature_norm`` may be missing; it is logged.
+
+    Raises:
+        FastViTError: anything else missing, unexpected or of another shape; a file in the deploy
+            form for a model in the training form; see also :func:`read`.
+    """
+    state = prepare(model, source, whole)['state_dict']
+    unwrap(model).load_state_dict(state, strict=False)
+
+
+def drop_pretrained(node) -> None:
+    """Take every ``Pretrained`` out of a model's config: a checkpoint will overwrite them."""
+    if isinstance(node, dict):
+        init_cfg = node.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            node['init_cfg'] = None
+        if node.get('pretrained'):
+            node['pretrained'] = None
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, dict | list | tuple):
+            drop_pretrained(child)
+
+
+@WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
+class Pretrained(PretrainedInit):
+    """mmengine's ``Pretrained``, but strict for models with a FastViT in them.
+
+    mmengine loads with strict=False: a file whose names do not match loads nothing, in silence.
+    """
+
+    def __call__(self, module: nn.Module) -> None:
+        if has_fastvit(module):
+            load(module, self.checkpoint)
+        else:
+            super().__call__(module)

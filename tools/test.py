@@ -1,0 +1,66 @@
+"""Test a checkpoint: python tools/test.py CONFIG CHECKPOINT [--reparam] [--demo] ..."""
+
+import json
+from pathlib import Path
+
+import fastvit_mm  # noqa: F401
+from fastvit_mm import launch, weights
+from fastvit_mm.errors import FastViTError
+
+# How each package draws predictions: settings of its visualization hook.
+DRAW = {
+    'mmpretrain': lambda folder: dict(type='VisualizationHook', enable=True, out_dir=folder),
+    'mmdet': lambda folder: dict(type='DetVisualizationHook', draw=True, test_out_dir=folder),
+    'mmseg': lambda folder: dict(type='SegVisualizationHook', draw=True, interval=1),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = launch.argument_parser('Test a checkpoint.')
+    parser.add_argument('checkpoint', help='file, address or short name of the weights')
+    parser.add_argument('--reparam', action='store_true', help='test in the deploy form')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
+    args = parser.parse_args(argv)
+
+    cfg = launch.load_config(args)
+    cfg.load_from = str(weights.find(args.checkpoint))
+    launch.check_data(cfg, 'test')
+    if args.reparam:
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]
+    if args.show_dir:
+        cfg.default_hooks.visualization = DRAW[cfg.default_scope](
+            str(Path(args.show_dir).resolve())
+        )
+        cfg.visualizer.save_dir = args.show_dir
+    out = Path(args.out) if args.out else None
+    if out and out.suffix not in ('.pkl', '.json'):
+        raise FastViTError(f'--out {out}: give FILE.pkl for predictions or FILE.json for metrics')
+
+    # Only the test is needed: no training set, no optimizer, no averaging of weights.
+    for key in (
+        'train_dataloader',
+        'train_cfg',
+        'optim_wrapper',
+        'param_scheduler',
+        'auto_scale_lr',
+    ):
+        cfg.pop(key, None)
+    for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
+        cfg.pop(key, None)
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
+    weights.drop_pretrained(cfg.model)
+
+    runner = launch.Runner.from_cfg(cfg)
+    if out and out.suffix == '.pkl':
+        from mmengine.evaluator import DumpResults
+
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(out)))
+    metrics = runner.test()
+    if out and out.suffix == '.json' and runner.rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
+
+
+if __name__ == '__main__':
+    launch.run(main)

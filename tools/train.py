@@ -1,0 +1,38 @@
+"""Train a config: python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp] ..."""
+
+import torch
+
+import fastvit_mm  # noqa: F401
+from fastvit_mm import launch, weights
+from fastvit_mm.errors import FastViTError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = launch.argument_parser('Train a model.')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from FILE, or (auto) from the latest checkpoint in the work dir',
+    )
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
+    args = parser.parse_args(argv)
+
+    cfg = launch.load_config(args)
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise FastViTError('--amp needs a GPU and none was found: train without --amp')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        cfg.load_from = str(weights.find(cfg.load_from))
+    launch.check_data(cfg, 'train', 'val')
+
+    launch.Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    launch.run(main)
