@@ -42,7 +42,7 @@ clean: ## remove the environments and all that was built
 	find fastvit_mm configs tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(PY):
-	$(if $(shell $(PYTHON) -c '$(CHECK)' 2>&1 || echo no),$(error Python 3.10 or newer with pip and venv is needed, $(PYTHON) is not: try make PYTHON=python3.12))
+	$(if $(shell $(PYTHON) -c '$(CHECK)' >/dev/null 2>&1 || echo no),$(error Python 3.10 or newer with pip and venv is needed, $(PYTHON) is not: try make PYTHON=python3.12))
 	@$(PYTHON) -m venv $(VENV)
 
 # Both OpenCV packages get installed and write the same files. The last one wins, and this has to be
