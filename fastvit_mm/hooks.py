@@ -86,4 +86,4 @@ class ReparameterizeHook(Hook):
         loader = runner.test_dataloader
         batch = loader.collate_fn([loader.dataset[0]])
         inputs = model.data_preprocessor(batch, False)['inputs']
-        return inputs[:1]
+        return torch.stack(inputs) if isinstance(inputs, list) else inputs

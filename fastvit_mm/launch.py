@@ -109,6 +109,23 @@ class Runner(BaseRunner):
         return checkpoint
 
 
+TRAIN_ONLY = (
+    *('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr'),
+    *('val_dataloader', 'val_cfg', 'val_evaluator'),
+)
+
+
+def test_runner(cfg: Config, checkpoint: str) -> Runner:
+    """A runner that can only test: no training set, optimizer or averaging, nothing downloaded."""
+    check_data(cfg, 'test')
+    for key in TRAIN_ONLY:
+        cfg.pop(key, None)
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
+    cfg.load_from = str(weights.find(checkpoint))
+    weights.drop_pretrained(cfg.model)
+    return Runner.from_cfg(cfg)
+
+
 def run(main: Callable[[list[str] | None], None]) -> None:
     """Call ``main``; an error that is meant for people ends as one line and exit code 2."""
     try:

@@ -36,7 +36,8 @@ def reparameterize(model: nn.Module) -> nn.Module:
     Raises:
         FastViTError: nothing to merge.
     """
-    model = copy.deepcopy(unwrap(model)).eval()
+    model = copy.deepcopy(unwrap(model))
+    model.eval()
     before = set(model.state_dict())
     for module in mergeable(model).values():
         module.switch_to_deploy()
@@ -100,7 +101,10 @@ def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
     calls = {}
 
     def keep(name):
-        return lambda module, args, output: calls.setdefault(name, (args, output))
+        def hook(module, args, output):
+            calls.setdefault(name, (args, output))
+
+        return hook
 
     modules = mergeable(model)
     handles = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
@@ -118,10 +122,12 @@ def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
     for name, (args, output) in calls.items():
         deployed = merged.get_submodule(name)(*args)
         exact_args = [to_double(a) for a in args]
-        reference = copy.deepcopy(modules[name]).eval().double()(*exact_args)
+        exact = copy.deepcopy(modules[name]).double()
+        exact.eval()  # on its own: some backbones' train() returns nothing
+        reference = exact(*exact_args)
         difference = max(difference, distance(deployed, output))
         rounding = max(rounding, distance(output, reference))
-    eps = torch.finfo(inputs.dtype).eps
+    eps = torch.finfo(next(model.parameters()).dtype).eps
     return Agreement(difference, rounding, limit=10 * max(rounding, eps))
 
 

@@ -6,6 +6,7 @@ FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, `
 
 import argparse
 import bisect
+import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,6 +84,8 @@ def harmless_types() -> list:
     return [
         argparse.Namespace,
         HistoryBuffer,
+        (statistic_of, 'builtins.getattr'),
+        (statistic_of, '__builtin__.getattr'),
         np.ndarray,
         np.dtype,
         *dtypes,
@@ -93,6 +96,13 @@ def harmless_types() -> list:
             for c in ('core', '_core')
         ],
     ]
+
+
+def statistic_of(owner: type, name: str):
+    """Stands in for getattr, with which HistoryBuffer's pickles name its own statistics."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError('Unsupported global: GLOBAL getattr')
+    return getattr(owner, name)
 
 
 def read(source: str | Path) -> dict:
@@ -111,10 +121,7 @@ def read(source: str | Path) -> dict:
         with torch.serialization.safe_globals(harmless_types()):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        refused = re.search(
-            r'(?:Unsupported (?:global|class|operand)\W+(?:GLOBAL )?)([\w.]+)', str(error)
-        )
-        if refused:
+        if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
             raise FastViTError(
                 f'{path} holds a {refused[1]}, which is not plain data and could run code: '
                 'refused; save its state_dict alone with torch.save'
@@ -345,21 +352,20 @@ def fit(model: nn.Module, state: State, source, whole: bool) -> State:
         elif any(k.endswith('reparam_conv.weight') for k in have):
             raise FastViTError(
                 f'{source} is in the deploy form, the model in the training form: load the '
-                'training form of these weights, or build the model with deploy=True '
-                '(--cfg-options model.backbone.deploy=True; a classifier also model.neck.deploy=True)'
+                'training form of these weights, or build the model with deploy=True (--cfg-options'
+                ' model.backbone.deploy=True, and for a classifier model.neck.deploy=True)'
             )
 
     missing, unexpected = incompatible(target, state)
     if not whole:
-        required = {k for k in target if k.startswith(tuple(own))}
-        required -= {k for k in required if re.match(re.escape(prefix) + r'norm\d\.', k)}
-        if not any(k.startswith(tuple(s for s in own if s != prefix) or ('?',)) for k in state):
-            # A backbone's file: the classifier's neck is part of the new head.
-            required = {k for k in required if k.startswith(prefix)}
+        # A backbone's file, or another task's, has nothing for a classifier's neck.
+        starts = tuple(
+            s for s in own if s == prefix or any(k.startswith(s) and k in target for k in state)
+        )
+        norm = re.compile(re.escape(prefix) + r'norm\d\.')
+        required = {k for k in target if k.startswith(starts) and not norm.match(k)}
         fresh = missing - required
-        foreign = {
-            k for k in unexpected if not k.startswith(tuple(own)) or k.startswith(f'{prefix}norm')
-        } | (fresh & unexpected)
+        foreign = {k for k in unexpected if not k.startswith(starts) or norm.match(k) or k in fresh}
         missing, unexpected = missing & required, unexpected - foreign
         state = without(state, foreign)
         if fresh:

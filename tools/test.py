@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import fastvit_mm  # noqa: F401
-from fastvit_mm import launch, weights
+from fastvit_mm import launch
 from fastvit_mm.errors import FastViTError
 
 # How each package draws predictions: settings of its visualization hook.
@@ -24,8 +24,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     cfg = launch.load_config(args)
-    cfg.load_from = str(weights.find(args.checkpoint))
-    launch.check_data(cfg, 'test')
     if args.reparam:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]
     if args.show_dir:
@@ -37,21 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     if out and out.suffix not in ('.pkl', '.json'):
         raise FastViTError(f'--out {out}: give FILE.pkl for predictions or FILE.json for metrics')
 
-    # Only the test is needed: no training set, no optimizer, no averaging of weights.
-    for key in (
-        'train_dataloader',
-        'train_cfg',
-        'optim_wrapper',
-        'param_scheduler',
-        'auto_scale_lr',
-    ):
-        cfg.pop(key, None)
-    for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
-        cfg.pop(key, None)
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
-    weights.drop_pretrained(cfg.model)
-
-    runner = launch.Runner.from_cfg(cfg)
+    runner = launch.test_runner(cfg, args.checkpoint)
     if out and out.suffix == '.pkl':
         from mmengine.evaluator import DumpResults
 

@@ -1,0 +1,230 @@
+"""The hook in real runs of mmengine's Runner."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from randomize import randomize, relative
+from torch.utils.data import Dataset
+
+import fastvit_mm
+from fastvit_mm import FastViT, FastViTError, ReparameterizeHook
+from fastvit_mm.reparameterize import compare
+
+TINY = dict(depths=(1, 1, 1, 1), widths=(16, 16, 32, 32), ffn_ratio=2, attention=(0, 0, 0, 1))
+
+
+class Noise(Dataset):
+    """Images of noise whose target is their mean colour."""
+
+    def __init__(self, length=8):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(length, 3, 32, 32, generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return dict(inputs=self.images[i], target=self.images[i].mean((1, 2)))
+
+
+class Regressor(BaseModel):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.LazyLinear(3)
+        with torch.no_grad():
+            self(torch.zeros(2, 3, 32, 32))
+
+    def forward(self, inputs, target=None, mode='tensor'):
+        if isinstance(inputs, list):
+            inputs = torch.stack(inputs)
+        feature = self.backbone(inputs)[-1]
+        out = self.head(feature.mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=F.mse_loss(out, torch.stack(list(target))))
+        return list(out) if mode == 'predict' else out
+
+
+class Keep(BaseMetric):
+    """Keeps the predictions of a test and what made them."""
+
+    def process(self, data_batch, data_samples):
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results):
+        return dict(mean=torch.stack(results).mean().item())
+
+
+class Spy(fastvit_mm.ReparameterizeHook):
+    """The hook, with the tested model left to look at."""
+
+    def after_test_epoch(self, runner, metrics=None):
+        self.tested, self.metrics = runner.model, metrics
+        super().after_test_epoch(runner, metrics)
+
+
+def make_runner(tmp_path, model, hooks=(), name='run', **args):
+    data = dict(dataset=Noise(), sampler=dict(type='DefaultSampler', shuffle=True), batch_size=4)
+    test = dict(dataset=Noise(), sampler=dict(type='DefaultSampler', shuffle=False), batch_size=4)
+    return Runner(
+        model,
+        work_dir=str(tmp_path / name),
+        train_dataloader=data,
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
+        test_dataloader=test,
+        test_cfg=dict(),
+        test_evaluator=Keep(),
+        custom_hooks=list(hooks),
+        default_scope='mmengine',
+        experiment_name=f'{tmp_path.name}-{name}',
+        randomness=dict(seed=0),
+        log_level='ERROR',
+        **args,
+    )
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return Regressor(randomize(FastViT(TINY, drop_path_rate=0.3), seed))
+
+
+def train_more(runner, epochs):
+    runner.train_loop._max_epochs = runner.train_loop.epoch + epochs
+    runner.train_loop._max_iters = runner.train_loop._max_epochs * 2
+    runner.train_loop.run()
+
+
+def test_a_test_leaves_no_trace(tmp_path):
+    """train, test, train on gives the very numbers of train, train on."""
+    states = []
+    for tested in (False, True):
+        runner = make_runner(tmp_path, tiny_model(), [ReparameterizeHook()], name=f'run{tested}')
+        runner.train()
+        if tested:
+            model = runner.model
+            runner.test()
+            assert runner.model is model
+        train_more(runner, 2)
+        states.append((runner.model.state_dict(), runner.optim_wrapper.state_dict()))
+    (plain, plain_optimizer), (tested, tested_optimizer) = states
+    assert set(plain) == set(tested)
+    assert any('conv_scale' in k for k in plain)
+    for key, value in plain.items():
+        assert torch.equal(value, tested[key]), key
+    for index, own in plain_optimizer['state'].items():
+        for key, value in own.items():
+            assert torch.equal(value, tested_optimizer['state'][index][key]), (index, key)
+
+
+def test_the_averaged_weights_are_merged(tmp_path):
+    spy = Spy()
+    ema = dict(type='EMAHook', momentum=0.3, update_buffers=True)
+    runner = make_runner(tmp_path, tiny_model(), [ema, spy])
+    runner.train()
+    hook = next(h for h in runner.hooks if type(h).__name__ == 'EMAHook')
+    averaged = copy.deepcopy(hook.ema_model.module).eval()
+    trained = copy.deepcopy(runner.model).eval()
+    runner.test_loop.run()  # runner.test() would begin a new average
+    x = Noise().images
+    with torch.no_grad():
+        assert relative(spy.tested(x), averaged(x)) < 1e-5
+        assert relative(spy.tested(x), trained(x)) > 1e-3
+        assert relative(runner.model.eval()(x), trained(x)) == 0
+    assert not any('conv_scale' in k for k in spy.tested.state_dict())
+
+
+def test_wrapped_models(tmp_path):
+    spy = Spy()
+    runner = make_runner(tmp_path, tiny_model(), [spy])
+    wrapped = nn.DataParallel(runner.model)
+    runner.model = wrapped
+    runner.test()
+    assert runner.model is wrapped
+    x = Noise().images
+    with torch.no_grad():
+        assert relative(spy.tested(x), wrapped.module.eval()(x)) < 1e-5
+    assert relative(torch.tensor(spy.metrics['mean']), spy.tested(x).mean()) < 1e-4
+
+
+BACKBONES = dict(
+    MobileOne=dict(type='mmpretrain.MobileOne', arch='s0', out_indices=(3,)),
+    RepVGG=dict(type='mmpretrain.RepVGG', arch='A0', out_indices=(3,)),
+)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_other_backbones(tmp_path, name):
+    spy = Spy()
+    model = Regressor(randomize(MODELS.build(BACKBONES[name])))
+    runner = make_runner(tmp_path, model, [spy])
+    before = sum(p.numel() for p in model.parameters())
+    runner.test()
+    x = Noise().images[:2]
+    with torch.no_grad():
+        assert relative(spy.tested(x), model.eval()(x)) < 1e-4
+    assert sum(p.numel() for p in spy.tested.parameters()) < before
+    assert sum(p.numel() for p in runner.model.parameters()) == before
+
+
+def test_says_what_it_did(tmp_path, monkeypatch):
+    runner = make_runner(tmp_path, tiny_model(), [ReparameterizeHook()])
+    lines = []
+    monkeypatch.setattr(runner.logger, 'info', lines.append)
+    runner.test()
+    text = ' '.join(lines)
+    before = sum(p.numel() for p in runner.model.parameters())
+    after = sum(p.numel() for p in fastvit_mm.reparameterize(runner.model).parameters())
+    assert f'{before:,} -> {after:,} parameters' in text
+    assert 'largest relative difference of the outputs' in text
+
+
+def test_refuses_a_wrong_merge(tmp_path, monkeypatch):
+    """A dropped bias, the mistake that fresh BatchNorm statistics hide."""
+    correct = FastViT.switch_to_deploy
+
+    def forgetful(self):
+        correct(self)
+        with torch.no_grad():
+            self.stages[1].blocks[0].mlp.conv.reparam_conv.bias.mul_(0.99)
+
+    monkeypatch.setattr(FastViT, 'switch_to_deploy', forgetful)
+    runner = make_runner(tmp_path, model := tiny_model(), [ReparameterizeHook()])
+    with pytest.raises(FastViTError, match='more than rounding explains'):
+        runner.test()
+    assert runner.model is model
+
+
+def test_rounding_is_told_from_mistakes():
+    model = tiny_model().eval()
+    x = Noise().images[:1]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        typed = copy.deepcopy(model).to(dtype)
+        agreement = compare(typed, fastvit_mm.reparameterize(typed), x.to(dtype))
+        assert 0 < agreement.difference <= agreement.limit < 1e3 * torch.finfo(dtype).eps
+
+
+def test_nothing_to_merge(tmp_path):
+    plain = Regressor(MODELS.build(dict(type='mmpretrain.ResNet', depth=18, out_indices=(3,))))
+    for model in (plain, fastvit_mm.reparameterize(tiny_model())):
+        with pytest.raises(FastViTError, match='nothing to reparameterize'):
+            fastvit_mm.reparameterize(model)
+        runner = make_runner(tmp_path, model, [ReparameterizeHook()], name=str(id(model)))
+        with pytest.raises(FastViTError, match='--reparam'):
+            runner.test()
+
+
+def test_training_goes_on_after_a_broken_test(tmp_path, monkeypatch):
+    runner = make_runner(tmp_path, model := tiny_model(), [ReparameterizeHook()])
+    monkeypatch.setattr(Keep, 'compute_metrics', lambda self, results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.test()
+    runner.train()
+    assert runner.model is model
