@@ -1,20 +1,21 @@
-"""Any config's demo form: the same model, losses, optimizer and metric, small enough for two cores."""
+"""Any config's demo form: same model, losses, optimizer and metric, small enough for two cores."""
 
+from math import ceil, floor
 from pathlib import Path
 
 from fastvit_mm.errors import FastViTError
 
 from .scenes import CLASSES, LAYOUTS, PALETTE, SCENE_CLASSES, make_data
 
-# What shrinks, by default_scope. `shrink`: every size in pixels is multiplied by it. `batch`, `iters`
-# and `lr` go together: so few iterations need larger steps than the config's long schedule.
+# What shrinks, by default_scope. `shrink`: every size in pixels is multiplied by it. `batch`,
+# `iters` and `lr` go together: so few iterations need larger steps than the config's schedule.
 DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=560, lr=2e-3),  # 256 to 64
-    'mmdet': dict(data='coco', shrink=0.16, batch=4, iters=800, lr=1e-3),  # short side 800 to 128
-    'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=450, lr=1e-3),  # 512 to 64
+    'mmdet': dict(data='coco', shrink=0.12, batch=2, iters=800, lr=1e-3),  # short side 800 to 96
+    'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=400, lr=1e-3),  # 512 to 64
 }
 WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
-MAX_ROIS = 64  # regions an image: the config's number counts on an area 40 times as large
+MAX_ROIS = 32  # regions an image: the config's number counts on an area 70 times as large
 MAX_BOXES = 200  # proposals an image, for the same reason
 
 
@@ -65,9 +66,8 @@ def shrink_model(node, num_classes):
         node['drop_path_rate'] = 0.0
     init = node.get('init_cfg')
     if init:
-        kept = [one for one in (init if isinstance(init, list) else [init])]
-        kept = [one for one in kept if one.get('type') != 'Pretrained']
-        node['init_cfg'] = kept or None
+        init = init if isinstance(init, list) else [init]
+        node['init_cfg'] = [one for one in init if one['type'] != 'Pretrained'] or None
     if 'pretrained' in node:
         node['pretrained'] = False if isinstance(node['pretrained'], bool) else None
     if node.get('type') == 'RandomSampler' and 'pos_fraction' in node:
@@ -97,6 +97,8 @@ def soften_augmentation(node):
     kind = node.get('type')
     if kind == 'RandomResizedCrop':
         node['crop_ratio_range'] = (0.5, 1.0)  # a crop of 8 % shows too little of a shape
+    elif kind == 'RandomResize':
+        node['ratio_range'] = (0.8, 1.5)  # at half its size a shape is a few pixels
     elif kind == 'RandAugment':
         node.update(num_policies=1, magnitude_level=3)
     elif kind == 'RandomErasing':
@@ -135,7 +137,8 @@ def retime(cfg, demo):
     """Shrink the schedule in proportion, counted in iterations, with one validation at the end."""
     loop, optimizer = cfg.train_cfg, cfg.optim_wrapper.optimizer
     by_epoch = 'max_epochs' in loop
-    epoch = LAYOUTS[demo['data']]['images'][0] // demo['batch']  # iterations
+    epoch = LAYOUTS[demo['data']]['images'][0] / demo['batch']  # iterations
+    epoch = floor(epoch) if cfg.train_dataloader.get('drop_last') else ceil(epoch)
     epochs = max(1, round(demo['iters'] / epoch))
     new_total = epochs * epoch if by_epoch else demo['iters']
     old_total = loop.max_epochs if by_epoch else loop.max_iters
