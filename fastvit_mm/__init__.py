@@ -18,6 +18,7 @@ MODULE2PACKAGE.setdefault('fastvit_mm', 'fastvit_mm.errors')
 
 mmcv_ops.install()  # before anything imports mmcv.ops
 
+from .apis import inference, init_model  # noqa: E402
 from .errors import FastViTError  # noqa: E402
 from .hooks import ReparameterizeHook  # noqa: E402
 from .models import ARCHS, FastViT, FastViTNeck  # noqa: E402
@@ -31,5 +32,7 @@ __all__ = [
     'FastViTError',
     'FastViTNeck',
     'ReparameterizeHook',
+    'inference',
+    'init_model',
     'reparameterize',
 ]

@@ -123,6 +123,8 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
     cfg.load_from = str(weights.find(checkpoint))
     weights.drop_pretrained(cfg.model)
+    if 'teacher' in cfg.model:
+        cfg.model.teacher = None
     return Runner.from_cfg(cfg)
 
 

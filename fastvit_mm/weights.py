@@ -416,7 +416,7 @@ def prepare(model: nn.Module, source: str | Path, whole: bool = False) -> dict:
     return {**checkpoint, 'state_dict': state, 'meta': meta}
 
 
-def load(model: nn.Module, source: str | Path, whole: bool = False) -> None:
+def load(model: nn.Module, source: str | Path, whole: bool = False) -> dict:
     """Load weights of any layout (see the module's docstring) into ``model``, strictly.
 
     Args:
@@ -426,12 +426,16 @@ def load(model: nn.Module, source: str | Path, whole: bool = False) -> None:
         whole: as for a test: nothing may be missing. Otherwise, as for fine-tuning, what is not
             FastViT's own (another task's head) and ``feature_norm`` may be missing; it is logged.
 
+    Returns:
+        The checkpoint: ``state_dict`` as loaded, ``meta``, and what else the file holds.
+
     Raises:
         FastViTError: anything else missing, unexpected or of another shape; a file in the deploy
             form for a model in the training form; see also :func:`read`.
     """
-    state = prepare(model, source, whole)['state_dict']
-    unwrap(model).load_state_dict(state, strict=False)
+    checkpoint = prepare(model, source, whole)
+    unwrap(model).load_state_dict(checkpoint['state_dict'], strict=False)
+    return checkpoint
 
 
 def drop_pretrained(node) -> None:

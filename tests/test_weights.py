@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import MODELS
+from mmengine.registry import DefaultScope
 from randomize import randomize, relative
 from timm.models.fastvit import checkpoint_filter_fn
 
@@ -21,11 +21,17 @@ KEYS = Path(__file__).parent / 'data'
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+def build(scope, model):
+    registry = __import__(f'{scope}.registry', fromlist=['MODELS']).MODELS
+    with DefaultScope.overwrite_default_scope(scope):
+        return registry.build(model).eval()
+
+
 def classifier(arch, deploy=False, init_cfg=None, backbone_init=None, num_classes=1000):
     """mmpretrain's ImageClassifier, as the configs build it."""
     width = FastViT(arch).settings['widths'][-1]
     model = dict(
-        type='mmpretrain.ImageClassifier',
+        type='ImageClassifier',
         backbone=dict(
             type='FastViT', arch=arch, out_indices=(3,), deploy=deploy, init_cfg=backbone_init
         ),
@@ -33,18 +39,19 @@ def classifier(arch, deploy=False, init_cfg=None, backbone_init=None, num_classe
         head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=2 * width),
         init_cfg=init_cfg,
     )
-    return MODELS.build(model).eval()
+    return build('mmpretrain', model)
 
 
 def segmentor(arch='t8', **backbone):
     widths = FastViT(arch).settings['widths']
-    return MODELS.build(
+    return build(
+        'mmseg',
         dict(
-            type='mmseg.EncoderDecoder',
+            type='EncoderDecoder',
             backbone=dict(type='FastViT', arch=arch, feature_norm=True, **backbone),
-            neck=dict(type='mmseg.FPN', in_channels=list(widths), out_channels=32, num_outs=4),
+            neck=dict(type='FPN', in_channels=list(widths), out_channels=32, num_outs=4),
             decode_head=dict(
-                type='mmseg.FPNHead',
+                type='FPNHead',
                 in_channels=[32] * 4,
                 in_index=[0, 1, 2, 3],
                 feature_strides=[4, 8, 16, 32],
@@ -52,8 +59,8 @@ def segmentor(arch='t8', **backbone):
                 num_classes=5,
                 norm_cfg=dict(type='BN'),
             ),
-        )
-    ).eval()
+        ),
+    )
 
 
 def authors_file(arch, form, path, seed=0):

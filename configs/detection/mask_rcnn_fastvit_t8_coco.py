@@ -1,11 +1,10 @@
 # torchrun --nproc-per-node 8 tools/train.py configs/detection/mask_rcnn_fastvit_t8_coco.py --launcher pytorch
 # Written for 8 GPUs of 2 images. The paper has no T8 row; SA12 is its smallest.
-_base_ = [
-    '_base_/mask_rcnn_fastvit.py',
-    '_base_/coco.py',
-    '_base_/schedule_1x.py',
-]
+_base_ = ['_base_/mask_rcnn_fastvit.py', '_base_/coco.py', '_base_/schedule_1x.py']
 model = dict(
-    backbone=dict(arch='t8', init_cfg=dict(type='Pretrained', checkpoint='fastvit_t8.apple_in1k')),
+    backbone=dict(
+        arch='t8',
+        init_cfg=dict(type='Pretrained', checkpoint='fastvit_t8.apple_in1k'),
+    ),
     neck=dict(in_channels=[48, 96, 192, 384]),
 )

@@ -12,7 +12,7 @@ from .scenes import CLASSES, LAYOUTS, PALETTE, SCENE_CLASSES, make_data
 DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=560, lr=2e-3),  # 256 to 64
     'mmdet': dict(data='coco', shrink=0.12, batch=2, iters=800, lr=1e-3),  # short side 800 to 96
-    'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=400, lr=1e-3),  # 512 to 64
+    'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=400, lr=2e-3),  # 512 to 64
 }
 WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
 MAX_ROIS = 32  # regions an image: the config's number counts on an area 70 times as large
@@ -98,7 +98,10 @@ def soften_augmentation(node):
     if kind == 'RandomResizedCrop':
         node['crop_ratio_range'] = (0.5, 1.0)  # a crop of 8 % shows too little of a shape
     elif kind == 'RandomResize':
-        node['ratio_range'] = (0.8, 1.5)  # at half its size a shape is a few pixels
+        node['ratio_range'] = (0.9, 1.1)  # at half its size a shape is a few pixels
+    elif kind == 'PhotoMetricDistortion':
+        mild = (0.8, 1.2)
+        node.update(brightness_delta=16, contrast_range=mild, saturation_range=mild, hue_delta=9)
     elif kind == 'RandAugment':
         node.update(num_policies=1, magnitude_level=3)
     elif kind == 'RandomErasing':

@@ -1,0 +1,7 @@
+# Evaluation crop ratio 0.95 instead of 0.9: 256 / 0.95.
+_base_ = 'imagenet_256.py'
+
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = 269
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader

@@ -1,0 +1,225 @@
+"""The tools as people call them: what they do, and the one line they say when they cannot."""
+
+import importlib.util
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit_mm import launch, weights
+
+ROOT = Path(__file__).parent.parent
+SEGMENTATION = 'configs/segmentation/fpn_fastvit_sa36_ade20k.py'
+DETECTION = 'configs/detection/mask_rcnn_fastvit_t8_coco.py'
+CLASSIFICATION = 'configs/classification/fastvit_t8_in1k.py'
+CONFIGS = [SEGMENTATION, DETECTION, CLASSIFICATION]
+# A shallow network of other widths keeps these runs short; the tasks stay whole.
+SHALLOW = """
+_base_ = '{base}'
+arch = dict(_delete_=True, depths=(1, 1, {third}, 1), widths=(16, 32, 64, 64), ffn_ratio=2)
+model = dict(backbone=dict(arch=arch), {rest})
+"""
+REST = {
+    SEGMENTATION: 'neck=dict(in_channels=[16, 32, 64, 64])',
+    DETECTION: 'neck=dict(in_channels=[16, 32, 64, 64])',
+    CLASSIFICATION: 'neck=dict(in_channels=64), head=dict(in_channels=128)',
+}
+
+
+def shallow(config, folder, third=1):
+    path = folder / f'{Path(config).stem}_{third}.py'
+    path.write_text(SHALLOW.format(base=ROOT / config, third=third, rest=REST[config]))
+    return path
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    """A folder to run in, where the demo data are drawn once."""
+    folder = tmp_path_factory.mktemp('home')
+    (folder / 'configs').symlink_to(ROOT / 'configs')
+    return folder
+
+
+@pytest.fixture
+def tool(home, monkeypatch, capfd):
+    """Run a tool in this process as its command line would; gives exit code and stderr."""
+    monkeypatch.chdir(home)
+
+    def call(name, *args):
+        capfd.readouterr()
+        code = 0
+        try:
+            launch.run(lambda _: load_tool(name).main([str(a) for a in args]))
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().err.strip()
+
+    return call
+
+
+def refusal(result, *words):
+    """Exit code 2 and one line that holds all ``words``."""
+    code, err = result
+    assert code == 2, err
+    line = err.splitlines()[-1]
+    assert line.startswith('error: '), err
+    assert 'Traceback' not in err
+    for word in words:
+        assert word in line, line
+
+
+def test_as_a_process(home):
+    """Exit code and stderr of the real thing."""
+    run = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'train.py', 'configs/no.py'],
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith('error: config configs/no.py does not')
+    assert 'Traceback' not in run.stderr
+    assert not (home / 'work_dirs').exists()
+
+
+def test_configs_that_cannot_be_used(tool, tmp_path):
+    refusal(tool('train', 'configs/no.py'), 'configs/no.py', 'configs/<task>/')
+    refusal(tool('test', 'configs/no.py', 'x.pth'), 'configs/no.py')
+    (broken := tmp_path / 'broken.py').write_text('model = dict(\n')
+    refusal(tool('train', broken), 'broken.py', 'cannot be read')
+    if not torch.cuda.is_available():
+        refusal(tool('train', CLASSIFICATION, '--demo', '--amp'), '--amp', 'GPU')
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+def test_data_that_are_not_there(tool, home, config):
+    layout = {
+        SEGMENTATION: 'images/training, annotations/training',
+        DETECTION: 'annotations/instances_train2017.json',
+        CLASSIFICATION: 'train, val',
+    }
+    result = tool('train', config)
+    refusal(result, 'data set not found', layout[config], str(home / 'data'), '--demo')
+    assert not (home / 'work_dirs').exists()
+
+
+def test_wrong_settings(tool):
+    def options(*settings):
+        return ('train', CLASSIFICATION, '--demo', '--cfg-options', *settings)
+
+    refusal(tool(*options('model.backbone.arch=sa48')), 'sa48', 't8, t12')
+    refusal(tool(*options('model.backbone.out_indices=(3,4)')), 'out_indices', '(3, 4)')
+    pipeline = 'train_dataloader.dataset.pipeline.1.scale=24'
+    refusal(tool(*options(pipeline)), '24 x 24 pixels is too small', '32 x 32')
+
+
+def test_checkpoints_that_cannot_be_used(tool, home, tmp_path, monkeypatch):
+    refusal(tool('test', CLASSIFICATION, 'no.pth', '--demo'), 'no.pth', 'does not exist')
+    refusal(tool('train', CLASSIFICATION, '--demo', '--resume', 'no.pth'), 'no.pth')
+    (cut := tmp_path / 'cut.pth').write_bytes(b'PK\x03\x04 cut off')
+    refusal(tool('test', CLASSIFICATION, cut, '--demo'), 'cut.pth', 'truncated')
+
+    def offline(address, path):
+        raise OSError('no network')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    refusal(
+        tool('test', CLASSIFICATION, 'fastvit_t8.apple_in1k', '--demo'),
+        'https://docs-assets.developer.apple.com',
+        str(tmp_path),
+    )
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_hostile_checkpoints(tool, tmp_path):
+    torch.save(
+        dict(state_dict={}, meta=Trap(trap := tmp_path / 'trap')), file := tmp_path / 'h.pth'
+    )
+    for call in (
+        ('test', CLASSIFICATION, file, '--demo'),
+        ('train', CLASSIFICATION, '--demo', '--resume', file),
+        ('train', CLASSIFICATION, '--demo', '--cfg-options', f'load_from={file}'),
+        (
+            *('train', CLASSIFICATION, '--demo', '--cfg-options'),
+            'model.backbone.init_cfg.type=Pretrained',
+            f'model.backbone.init_cfg.checkpoint={file}',
+        ),
+    ):
+        refusal(tool(*call), 'refused', 'open')
+        assert not trap.exists(), call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', CONFIGS)
+def test_train_resume_and_test(tool, tmp_path, task):
+    """A run's whole life: train, resume, test both forms, draw, write out, and be refused."""
+    config = shallow(task, tmp_path)
+    length, unit = ('max_iters', 'iter') if task == SEGMENTATION else ('max_epochs', 'epoch')
+    common = ['--demo', '--work-dir', tmp_path]
+
+    def train(n, *more):
+        settings = [f'train_cfg.{length}={n}', 'train_cfg.val_interval=1000']
+        settings += [
+            'default_hooks.checkpoint.interval=1',
+            'default_hooks.checkpoint.save_best=None',
+        ]
+        code, err = tool('train', config, *common, *more, '--cfg-options', *settings)
+        assert code == 0, err
+        return tmp_path / f'{unit}_{n}.pth'
+
+    assert train(1).is_file()
+    checkpoint = train(2, '--resume')
+    assert checkpoint.is_file()
+    assert weights.read(checkpoint)['meta'][unit] == 2
+    log = '\n'.join(p.read_text() for p in tmp_path.rglob('*.log'))
+    assert re.search(rf'resumed {unit}: 1|resumed epoch: \d, iter: 1', log), 'did not resume'
+
+    metrics = []
+    for form in ([], ['--reparam']):
+        out, shown = tmp_path / f'metrics{len(form)}.json', tmp_path / f'shown{len(form)}'
+        args = [*common, *form, '--out', out, '--show-dir', shown]
+        code, err = tool('test', config, checkpoint, *args)
+        assert code == 0, err
+        metrics.append(json.loads(out.read_text()))
+        assert sum(p.suffix.lower() in ('.png', '.jpg', '.jpeg') for p in shown.rglob('*')) > 5
+    assert metrics[0] and metrics[0].keys() == metrics[1].keys()
+    for key, value in metrics[0].items():
+        assert metrics[1][key] == pytest.approx(value, abs=0.1), key
+    log = '\n'.join(p.read_text() for p in tmp_path.rglob('*.log'))
+    assert re.search(r'reparameterized \w+: [\d,]+ -> [\d,]+ parameters', log)
+
+    out = tmp_path / 'predictions.pkl'
+    code, err = tool('test', config, checkpoint, *common, '--out', out)
+    assert code == 0, err
+    assert len(pickle.loads(out.read_bytes())) > 5
+    refusal(tool('test', config, checkpoint, *common, '--out', 'metrics.txt'), '--out')
+
+    # of another variant, of another task, and with nothing to merge
+    other = shallow(task, tmp_path, third=2)
+    refusal(tool('test', other, checkpoint, *common), 'does not fit', 'stages.2.blocks.1')
+    other = shallow(CLASSIFICATION if task != CLASSIFICATION else SEGMENTATION, tmp_path)
+    refusal(tool('test', other, checkpoint, *common), 'another task')
+    if task == CLASSIFICATION:
+        deploy = ['model.backbone.deploy=True', 'model.neck.deploy=True']
+        result = tool('test', config, checkpoint, *common, '--reparam', '--cfg-options', *deploy)
+        refusal(result, 'nothing to reparameterize')
