@@ -26,8 +26,9 @@ help: ## show this list
 demo: $(VENV)/.installed ## install everything and run tools/demo.py
 	@$(PY) tools/demo.py
 
+# Many small operations: a process per core beats threads.
 test: $(VENV)/.installed $(if $(filter onedl,$(STACK)),lint) ## check the style, run the tests (STACK=onedl or openmmlab; PYTEST_ARGS)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## check the style
 	@$(PY) -m ruff check

@@ -35,6 +35,7 @@ EXTRAS = {
     ],
     'test': [
         'pytest',
+        'pytest-xdist',
         'ruff',
         'setuptools>=70.1',
         'timm>=1.0.22',
@@ -58,13 +59,8 @@ class BuildPy(build_py):
     def put(target, link):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        # mmengine reads the index before it looks for a config, so that there must be one
-        (target / 'model-index.yml').write_text('Import: []\n')
         for name in ('configs', 'model-index.yml'):
             source = ROOT / name
-            if not source.exists():
-                continue
-            (target / name).unlink(missing_ok=True)
             if link:
                 (target / name).symlink_to(Path('..', '..', name))
             elif source.is_dir():
