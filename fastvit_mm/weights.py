@@ -6,6 +6,7 @@ FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, `
 
 import argparse
 import bisect
+import os
 import pickle
 import re
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from torch import Tensor
 from .errors import FastViTError
 from .models import ARCHS, FastViT, FastViTNeck
 from .models.fastvit import parse_arch
-from .models.rep_conv import RepConv
+from .models.rep_conv import ConvBN, RepConv
 from .reparameterize import unwrap
 
 State = dict[str, Tensor]
@@ -166,43 +167,106 @@ def state_dict_of(checkpoint: dict, source) -> State:
     return checkpoint
 
 
+def check_target(path: str | Path, force: bool = False) -> Path:
+    """``path`` as a place to save weights.
+
+    Raises:
+        FastViTError: an unknown suffix, or it exists and ``force`` is not set.
+    """
+    path = Path(path).expanduser()
+    if not path.name.endswith(('.pth', '.pth.tar', '.safetensors')):
+        raise FastViTError(f'{path}: give a name that ends in .pth, .pth.tar or .safetensors')
+    if path.exists() and not force:
+        raise FastViTError(f'{path} exists already: give another name, or --force to overwrite it')
+    return path
+
+
+def save(checkpoint: dict, path: str | Path) -> None:
+    """Write a checkpoint, or a state dict alone for ``.safetensors``, wholly or not at all.
+
+    Raises:
+        FastViTError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.safetensors':
+            write_safetensors(state_dict_of(checkpoint, path), part)
+        else:
+            torch.save(checkpoint, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
+        raise FastViTError(f'cannot write {path}: {one_line(error)}') from error
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def write_safetensors(state: State, path: Path) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise FastViTError(f'{path} needs safetensors: pip install safetensors') from error
+    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={'format': 'pt'})
+
+
 # ------------------------------------------------------------------------- names of the layouts
 
-# (authors' regular expression, timm's replacement), in this order.
-AUTHORS_TO_TIMM = [
-    (r'^patch_embed\.', 'stem.'),
-    (r'\brbr_conv\b', 'conv_kxk'),
-    (r'\brbr_scale\b', 'conv_scale'),
-    (r'\brbr_skip\b', 'identity'),
-    (r'\blkb_origin\b', 'large_conv'),
-    (r'\blkb_reparam\b', 'reparam_conv'),
-    (r'\bconvffn\b', 'mlp'),
-    (r'\bse\.reduce\b', 'se.fc1'),
-    (r'\bse\.expand\b', 'se.fc2'),
-    (r'\b(layer_scale(?:_\d)?)$', r'\1.gamma'),
-    (r'^conv_exp\.', 'final_conv.'),
-    (r'^head\.', 'head.fc.'),
-]
+# The authors' words and timm's: whole parts of a dotted name.
+AUTHORS_TO_TIMM = {
+    'patch_embed': 'stem',
+    'rbr_conv': 'conv_kxk',
+    'rbr_scale': 'conv_scale',
+    'rbr_skip': 'identity',
+    'lkb_origin': 'large_conv',
+    'proj.0.lkb_reparam': 'proj.0.reparam_conv',
+    'pe': 'pos_enc',
+    'convffn': 'mlp',
+    'se.reduce': 'se.fc1',
+    'se.expand': 'se.fc2',
+    'layer_scale': 'layer_scale.gamma',
+    'layer_scale_1': 'layer_scale_1.gamma',
+    'layer_scale_2': 'layer_scale_2.gamma',
+    'conv_exp': 'final_conv',
+    'head.weight': 'head.fc.weight',
+    'head.bias': 'head.fc.bias',
+}
+# What a stage of timm's holds, in this order; each is one entry of the authors' flat network.{i}.
+PARTS = ('downsample', 'pos_emb', 'blocks')
+
+
+def translate(key: str, words: dict[str, str]) -> str:
+    pattern = '|'.join(re.escape(w) for w in words)
+    return re.sub(rf'(?<![^.])(?:{pattern})(?![^.])', lambda m: words[m[0]], key)
 
 
 def authors_to_timm(state: State) -> State:
-    """Rename the authors' keys to timm's; keys already in place stay."""
-    # network.{i} is a flat list: a stage ends where a downsampling (proj) stands.
+    """The authors' keys renamed to timm's."""
+    # A stage begins where a downsampling (proj) stands.
     cuts = sorted({int(m[1]) for k in state if (m := re.match(r'network\.(\d+)\.proj\.', k))})
 
     def rename(key: str) -> str:
-        if found := re.match(r'network\.(\d+)\.', key):
-            index, rest = int(found[1]), key[found.end() :]
-            stage = f'stages.{bisect.bisect_right(cuts, index)}'
-            if rest.startswith('proj.'):
-                key = f'{stage}.downsample.{rest}'
-            elif rest.startswith(('pe.', 'reparam_conv.')):
-                key = f'{stage}.pos_emb.{rest.replace("pe.", "pos_enc.", 1)}'
-            else:
-                key = f'{stage}.blocks.{rest}'
-        for pattern, replacement in AUTHORS_TO_TIMM:
-            key = re.sub(pattern, replacement, key)
-        return key
+        if found := re.match(r'network\.(\d+)\.(?:(proj)|(pe|reparam_conv)|\d+)\.', key):
+            part = PARTS[0 if found[2] else 1 if found[3] else 2]
+            stage = bisect.bisect_right(cuts, int(found[1]))
+            key = f'stages.{stage}.{part}.{key.split(".", 2)[2]}'
+        return translate(key, AUTHORS_TO_TIMM)
+
+    return {rename(k): v for k, v in state.items()}
+
+
+def timm_to_authors(state: State) -> State:
+    """The inverse of :func:`authors_to_timm`."""
+    part_of = re.compile(rf'stages\.(\d+)\.({"|".join(PARTS)})\.')
+    parts = {(m[1], m[2]) for k in state if (m := part_of.match(k))}
+    flat = sorted(parts, key=lambda p: (int(p[0]), PARTS.index(p[1])))
+    words = {theirs: own for own, theirs in AUTHORS_TO_TIMM.items()}
+
+    def rename(key: str) -> str:
+        if found := part_of.match(key):
+            key = f'network.{flat.index(found.groups())}.{key[found.end() :]}'
+        return translate(key, words)
 
     return {rename(k): v for k, v in state.items()}
 
@@ -242,53 +306,141 @@ def to_mm(state: State, source='the file') -> State:
     return {place(k): v for k, v in state.items()}
 
 
-def describe(state: State) -> str:
-    """Which FastViT a backbone's state dict holds, in either form, for messages: 'FastViT-SA12'."""
+# OpenMMLab's names of what the classifiers of timm and the authors have as well.
+SHARED = re.compile(r'backbone\.(?=stem\.|stages\.)|neck\.(?=final_conv\.)|(?=head\.fc\.)')
+
+
+def from_mm(state: State, layout: str) -> State:
+    """OpenMMLab's names to ``layout``, 'timm' or 'apple'; only what is :data:`SHARED`."""
+    state = {k[m.end() :]: v for k, v in state.items() if (m := SHARED.match(k))}
+    return timm_to_authors(state) if layout == 'apple' else state
+
+
+def arch_of(state: State) -> dict:
+    """Settings (:func:`parse_arch`) of the FastViT in a backbone's state dict, in either form.
+
+    Stages that it does not hold have depth 0; the layer scale's initial value cannot be known.
+    """
     depths, widths, attention = [0] * 4, [0] * 4, [0] * 4
-    hidden = 0
+    ffn_ratio = 0
     for key, value in state.items():
-        if not (found := re.match(r'stages\.(\d)\.blocks\.(\d+)\.(.*)', key)):
+        if not (found := re.match(r'stages\.([0-3])\.blocks\.(\d+)\.(.*)', key)):
             continue
         stage, block, rest = int(found[1]), int(found[2]), found[3]
         depths[stage] = max(depths[stage], block + 1)
         attention[stage] |= rest.startswith('token_mixer.qkv')
         if rest == 'mlp.fc2.weight':
-            widths[stage], hidden = value.shape[:2]
+            widths[stage], ffn_ratio = value.shape[0], value.shape[1] / value.shape[0]
+    return dict(
+        depths=tuple(depths),
+        widths=tuple(widths),
+        attention=tuple(attention),
+        ffn_ratio=ffn_ratio,
+    )
+
+
+def describe(state: State) -> str:
+    """Which FastViT a backbone's state dict holds, for messages: 'FastViT-SA12'."""
+    arch = arch_of(state)
     for name in ARCHS:
-        arch = parse_arch(name)
-        if (
-            tuple(depths) == arch['depths']
-            and tuple(widths) == arch['widths']
-            and tuple(attention) == arch['attention']
-            and hidden == arch['ffn_ratio'] * widths[3]
-        ):
+        if parse_arch(name) == {**parse_arch(name), **arch}:
             return f'FastViT-{name.upper()}'
-    return f'a FastViT with depths {depths} and widths {widths}'
+    return f'a FastViT with depths {list(arch["depths"])} and widths {list(arch["widths"])}'
 
 
 # ------------------------------------------------------------------------------------- deploying
 
 
-def merge_state(module: FastViT | FastViTNeck, state: State) -> State:
-    """Weights for ``module``, which is in the deploy form, from its weights in any form.
+def is_merged(state: State) -> bool:
+    """Whether a backbone's state dict is in our deploy form, merged completely."""
+    return 'stages.0.blocks.0.mlp.conv.reparam_conv.weight' in state
 
-    The authors' and timm's deploy forms keep the BatchNorms and scales outside their branches.
-    A twin in that very form loads them strictly and is merged the rest of the way.
-    """
-    if 'stages.0.blocks.0.mlp.conv.reparam_conv.weight' in state:
-        return state  # merged completely
-    norms = {k: v for k, v in state.items() if re.match(r'norm\d\.', k)}
+
+def merge_completely(module: FastViT | FastViTNeck) -> None:
+    module.switch_to_deploy()
+
+
+def merge_branches(module: FastViT | FastViTNeck) -> None:
+    """To the authors' and timm's deploy form, in place: the BatchNorms and scales outside the
+    branches stay."""
+    for part in module.modules():
+        if isinstance(part, RepConv) and not isinstance(part, ConvBN):
+            part.switch_to_deploy()
+
+
+def norms_of(state: State) -> State:
+    """The output norms in a backbone's state dict."""
+    return {k: v for k, v in state.items() if re.match(r'norm\d\.', k)}
+
+
+def twin_of(module: FastViT | FastViTNeck, state: State) -> FastViT | FastViTNeck:
+    """A fresh ``module`` in the very form of ``state``: any of the deploy forms, or training."""
     twin = module.training_form().eval()
+    if is_merged(state):
+        twin.switch_to_deploy()
     for name, part in twin.named_modules():
         if isinstance(part, RepConv) and f'{name}.reparam_conv.weight' in state:
             part.switch_to_deploy()
-    twin.to(next(v for v in state.values() if v.is_floating_point()).dtype)
-    missing, unexpected = incompatible(twin.state_dict(), without(state, norms))
-    if missing or unexpected:
-        return state  # not this network: the check that follows says so
-    twin.load_state_dict(without(state, norms), strict=False)
-    twin.switch_to_deploy()
+    return twin.to(next(v for v in state.values() if v.is_floating_point()).dtype)
+
+
+def merge_state(module: FastViT | FastViTNeck, state: State, merge=merge_completely) -> State:
+    """Weights for ``module``, to which ``merge`` was done, from its weights in any form."""
+    if is_merged(state):
+        return state
+    norms, twin = norms_of(state), twin_of(module, state)
+    state = without(state, norms)
+    if any(incompatible(twin.state_dict(), state)):
+        return state | norms  # not this network: the check that follows says so
+    twin.load_state_dict(state, strict=False)
+    merge(twin)
     return twin.state_dict() | norms
+
+
+def convert(checkpoint_state: State, layout: str, deploy: bool, source='the file') -> State:
+    """Weights of any layout in ``layout``: 'timm', 'apple' or 'mm'.
+
+    Args:
+        deploy: give the deploy form. Ours ('mm') is merged completely; the others', as these
+            projects define it, keeps the BatchNorms and scales outside their branches.
+
+    Raises:
+        FastViTError: no whole FastViT, or a form from which there is no way to the one wanted.
+    """
+    state = to_mm(checkpoint_state, source)
+    parts = {p: starting_with(state, p) for p in ('backbone.', 'neck.')}
+    backbone, neck = parts.values()
+    if not deploy and any('reparam_conv' in k for k in backbone):
+        raise FastViTError(
+            f'{source} is in the deploy form, from which nothing leads back to the training form: '
+            'convert its training form, or add --deploy'
+        )
+    if layout != 'mm' and is_merged(backbone):
+        raise FastViTError(
+            f'{source} is merged completely, without the BatchNorms and scales of the deploy form '
+            f'of {layout}: convert its training form'
+        )
+    arch = arch_of(backbone)
+    if 0 in arch['depths']:
+        raise FastViTError(f'{source} has {describe(backbone)}: a whole one is needed')
+    # Any weight of the stem's first convolution knows the number of input channels.
+    stem = next(v for k, v in backbone.items() if k.startswith('stem.0.') and v.ndim == 4)
+    modules = {'backbone.': FastViT(arch, in_channels=stem.shape[1])}
+    if any(k.startswith('final_conv.') for k in neck):
+        width = neck['final_conv.se.fc2.bias'].numel()
+        modules['neck.'] = FastViTNeck(arch['widths'][3], width)
+    for start, module in modules.items():
+        part = parts[start]
+        target = twin_of(module, part).state_dict()
+        wrong = incompatible(target, without(part, norms_of(part)))
+        if any(wrong):
+            text = differences(*wrong, part, target)
+            raise FastViTError(f'{source} is not a whole {describe(backbone)}: {text}')
+        if deploy:
+            part = merge_state(module, part, merge_completely if layout == 'mm' else merge_branches)
+            state = {k: v for k, v in state.items() if not k.startswith(start)}
+            state |= {start + k: v for k, v in part.items()}
+    return state if layout == 'mm' else from_mm(state, layout)
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -382,6 +534,10 @@ def mismatch(source, found, wanted, missing, unexpected, state, target) -> str:
     text = f'{source} does not fit: this is {found}; the model is {wanted}'
     if found == wanted:
         text = f'{source} does not fit: {found} as the model is, but of another task or data set'
+    return f'{text}; {differences(missing, unexpected, state, target)}'
+
+
+def differences(missing, unexpected, state, target) -> str:
     shapes = missing & unexpected
     details = []
     if missing - shapes:
@@ -391,7 +547,7 @@ def mismatch(source, found, wanted, missing, unexpected, state, target) -> str:
     if shapes:
         sizes = (f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}' for k in shapes)
         details.append(f'of another shape: {first(sizes)}')
-    return '; '.join([text, *details])
+    return '; '.join(details)
 
 
 def has_fastvit(model: nn.Module) -> bool:
