@@ -1,12 +1,13 @@
 """Models and predictions in two calls, whatever the task; the packages' own APIs do the work."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 
 from . import weights
 from .errors import FastViTError
@@ -39,7 +40,7 @@ def init_model(
             raise FastViTError(f'config {config} does not exist')
         config = Config.fromfile(config)
     else:
-        config = config.copy()
+        config = copy.deepcopy(config)
     config.merge_from_dict(cfg_options or {})
     weights.drop_pretrained(config.model)
     config.model.pop('teacher', None)
@@ -58,7 +59,7 @@ def init_model(
         model = init_segmentor(config, device=device)
     else:
         raise FastViTError(f'default_scope {scope!r} is none of mmpretrain, mmdet, mmseg')
-    meta = dict(config.get('test_dataloader', {}).get('dataset', {}).get('metainfo') or {})
+    meta = dataset_meta(config, scope)
     if checkpoint is not None:
         read = weights.load(model, checkpoint, whole=True)
         meta = read['meta'].get('dataset_meta') or meta
@@ -67,6 +68,16 @@ def init_model(
     model.cfg = config
     model.eval()
     return reparameterize(model) if reparam else model
+
+
+def dataset_meta(config: Config, scope: str) -> dict:
+    """Class names and colours of a config's test set: the data set's own, or set in the config."""
+    dataset = (config.get('test_dataloader') or {}).get('dataset', {})
+    while 'dataset' in dataset:  # a wrapper such as RepeatDataset
+        dataset = dataset['dataset']
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = registry.get(dataset['type']) if 'type' in dataset else None
+    return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 
 def inference(model: nn.Module, images: Images):
@@ -91,9 +102,19 @@ def inference(model: nn.Module, images: Images):
         elif scope == 'mmdet':
             from mmdet.apis import inference_detector
 
-            results = inference_detector(model, items)
+            results = [on_own_config(inference_detector, model, i) for i in items]
         else:
             from mmseg.apis import inference_model
 
-            results = [inference_model(model, i) for i in items]
+            results = [on_own_config(inference_model, model, i) for i in items]
     return results if many else results[0]
+
+
+def on_own_config(infer, model: nn.Module, image):
+    """One image by a package's function, which changes ``model.cfg`` to suit arrays or paths."""
+    config = model.cfg
+    model.cfg = copy.deepcopy(config)
+    try:
+        return infer(model, image)
+    finally:
+        model.cfg = config
