@@ -17,7 +17,8 @@ from randomize import randomize, relative
 from torch.utils.data import Dataset
 
 import fastvit_mm
-from fastvit_mm.reparameterize import mergeable, tensors
+from fastvit_mm import FastViT
+from fastvit_mm.reparameterize import compare, mergeable, tensors
 
 SIZE = 64
 WIDTHS = [16, 32, 64, 64]
@@ -334,3 +335,11 @@ def test_by_the_runner(package, project, make_sample, tmp_path):
     plain, merged = kept
     check_same(merged, plain, limit=1e-4)
     assert any(not torch.equal(a, b) for a, b in zip(merged, plain, strict=True))
+
+
+def test_a_model_in_float64():
+    """Nothing is more exact to measure its rounding by; it is explained all the same."""
+    model = randomize(FastViT('t8')).double().eval()
+    inputs = torch.stack([noise(0)]).double() / 128 - 1
+    agreement = compare(model, fastvit_mm.reparameterize(model), inputs)
+    assert 0 < agreement.difference <= agreement.limit < 1e-12
