@@ -11,11 +11,11 @@ from .scenes import CLASSES, LAYOUTS, PALETTE, SCENE_CLASSES, make_data
 # `iters` and `lr` go together: so few iterations need larger steps than the config's schedule.
 DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=560, lr=2e-3),  # 256 to 64
-    'mmdet': dict(data='coco', shrink=0.12, batch=2, iters=800, lr=1e-3),  # short side 800 to 96
+    'mmdet': dict(data='coco', shrink=0.08, batch=4, iters=800, lr=3e-4),  # short side 800 to 64
     'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=400, lr=2e-3),  # 512 to 64
 }
 WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
-MAX_ROIS = 32  # regions an image: the config's number counts on an area 70 times as large
+MAX_ROIS = 16  # regions an image: the config's number counts on an area 150 times as large
 MAX_BOXES = 200  # proposals an image, for the same reason
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from fastvit_mm.errors import FastViTError
 
-VERSION = 2  # raise it when the pictures change: older copies are then drawn again
-CLASSES = ('circle', 'cross', 'square', 'star', 'triangle')  # sorted, as image folders are
+VERSION = 3  # raise it when the pictures change: older copies are then drawn again
+CLASSES = ('circle', 'cross', 'moon', 'star', 'triangle')  # sorted, as image folders are
 SCENE_CLASSES = ('background', *CLASSES)  # the classes of the annotation PNGs, 1 to 6 in the files
 PALETTE = (
     (90, 90, 90),
@@ -27,11 +27,11 @@ PALETTE = (
     (70, 190, 90),
 )
 # Images to train and to validate on, short side in pixels, objects an image, and the area of an
-# object as a part of the area of the image.
+# object as a part of the square of the short side.
 LAYOUTS = {
     'imagenet': dict(images=(1500, 250), size=64, objects=(1, 1), area=(0.10, 0.25)),
-    'coco': dict(images=(800, 100), size=96, objects=(1, 3), area=(0.06, 0.20)),
-    'ade20k': dict(images=(1000, 60), size=64, objects=(1, 2), area=(0.12, 0.30)),
+    'coco': dict(images=(800, 100), size=64, objects=(1, 3), area=(0.08, 0.22)),
+    'ade20k': dict(images=(1000, 60), size=64, objects=(1, 2), area=(0.12, 0.28)),
 }
 SPLITS = ('train', 'val')
 TILT = np.pi / 12  # the most that a shape leans to either side; any turn takes far longer to learn
@@ -54,20 +54,17 @@ class Scene:
 @cache
 def outline(name):
     """The polygon of a shape, K x 2, around the origin and with an area of 1."""
-    radii = {
-        'circle': [1] * 48,
-        'cross': [np.hypot(3, 1), np.sqrt(2), np.hypot(3, 1)] * 4,
-        'square': [1] * 4,
-        'star': [1, 0.42] * 5,
-        'triangle': [1] * 3,
-    }[name]
-    turn = np.arange(len(radii)) * 2 * np.pi / len(radii) - np.pi / 2  # the first one points up
-    if name == 'cross':  # its arms are a third of it wide, so their corners are unevenly spaced
-        half = np.arctan(1 / 3)
-        turn = np.add.outer(np.arange(4) * np.pi / 2, [half, np.pi / 4, np.pi / 2 - half]).ravel()
-    if name == 'square':  # on a side, not on a corner
-        turn = turn + np.pi / 4
-    points = np.array(radii)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
+    if name == 'cross':  # of 6 x 6, with arms 2 wide
+        ends = (-1, 3), (1, 3), (1, 1), (3, 1), (3, -1), (1, -1)
+        points = np.array([*ends, *[(-x, -y) for x, y in ends]], float)
+    elif name == 'moon':  # half a circle and, inside it, half an ellipse
+        turn = np.linspace(-np.pi / 2, np.pi / 2, 24)
+        outer, inner = np.cos(turn), 0.3 * np.cos(turn[-2:0:-1])
+        points = np.stack([[*outer, *inner], [*np.sin(turn), *np.sin(turn[-2:0:-1])]], 1)
+    else:
+        radii = {'circle': [1] * 48, 'star': [1, 0.42] * 5, 'triangle': [1] * 3}[name]
+        turn = np.arange(len(radii)) * 2 * np.pi / len(radii) - np.pi / 2  # the first points up
+        points = np.array(radii)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
     x, y = points.T
     area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
     return points / np.sqrt(area)
@@ -100,7 +97,7 @@ def vivid(rng):
 def draw_scene(rng, height, width, labels, area):
     """One scene with objects of these `labels`; one that finds no place is left out.
 
-    `area`: the least and greatest area of an object as a part of the image's.
+    `area`: the least and greatest area of an object as a part of the square of the short side.
     """
     fine = (FINE * height, FINE * width)
     ground = rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
@@ -125,7 +122,7 @@ def draw_scene(rng, height, width, labels, area):
     for label in labels:
         for _ in range(20):  # tries
             mask = place(rng, outline(CLASSES[label]), fine, area)
-            left = [uncovered(one.mask, mask) for one in instances]
+            left = [without_slivers(one.mask & ~mask) for one in instances]
             if all(keeps_shape(new, one.mask) for new, one in zip(left, instances, strict=True)):
                 break
         else:
@@ -148,18 +145,21 @@ def place(rng, points, fine, area):
     stretch = rng.uniform(1, 1.1)
     shear = np.eye(2) / stretch + np.outer(axis, axis) * (stretch - 1 / stretch)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    points = points @ rotation @ shear * np.sqrt(rng.uniform(*area) * height * width)
-    low, high = -points.min(0), np.array([width, height]) - points.max(0)
-    points = points + rng.uniform(low, np.maximum(low, high))
+    points = points @ rotation @ shear * np.sqrt(rng.uniform(*area)) * min(fine)
+    room = np.array([width, height]) - np.ptp(points, 0)
+    if room.min() < 0:  # it is longer than the image
+        points = points * (1 - 1.02 * np.max(-room / np.ptp(points, 0)))
+        room = np.array([width, height]) - np.ptp(points, 0)
+    points = points - points.min(0) + rng.uniform(0, room)
     mask = np.zeros(fine, np.uint8)
     cv2.fillPoly(mask, [np.round(points * 16).astype(np.int32)], 1, shift=4)
-    return mask.astype(bool)
+    return without_slivers(mask)
 
 
-def uncovered(below, above):
-    """What shows of one mask under another, without slivers thinner than a pixel."""
-    rest = (below & ~above).view(np.uint8)
-    return cv2.morphologyEx(rest, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)).astype(bool)
+def without_slivers(mask):
+    """A mask without its parts thinner than three fine pixels, which no polygon could hold."""
+    square = np.ones((3, 3), np.uint8)
+    return cv2.morphologyEx(mask.view(np.uint8), cv2.MORPH_OPEN, square).astype(bool)
 
 
 def keeps_shape(left, before):
