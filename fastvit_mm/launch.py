@@ -121,7 +121,7 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     for key in TRAIN_ONLY:
         cfg.pop(key, None)
     cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
-    cfg.load_from = str(weights.find(checkpoint))
+    cfg.load_from, cfg.resume = str(weights.find(checkpoint)), False
     weights.drop_pretrained(cfg.model)
     if 'teacher' in cfg.model:
         cfg.model.teacher = None

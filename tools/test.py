@@ -9,7 +9,9 @@ from fastvit_mm.errors import FastViTError
 
 # How each package draws predictions: settings of its visualization hook.
 DRAW = {
-    'mmpretrain': lambda folder: dict(type='VisualizationHook', enable=True, out_dir=folder),
+    'mmpretrain': lambda folder: dict(
+        type='VisualizationHook', enable=True, interval=1, out_dir=folder
+    ),
     'mmdet': lambda folder: dict(type='DetVisualizationHook', draw=True, test_out_dir=folder),
     'mmseg': lambda folder: dict(type='SegVisualizationHook', draw=True, interval=1),
 }
