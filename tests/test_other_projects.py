@@ -1,8 +1,10 @@
 """FastViT and its deploy form inside models of other people's making, from their own configs."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 
+import mmcv
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,11 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from randomize import randomize, relative
+from test_tools import CLASSIFICATION, shallow
 from torch.utils.data import Dataset
 
 import fastvit_mm
@@ -343,3 +346,71 @@ def test_a_model_in_float64():
     inputs = torch.stack([noise(0)]).double() / 128 - 1
     agreement = compare(model, fastvit_mm.reparameterize(model), inputs)
     assert 0 < agreement.difference <= agreement.limit < 1e-12
+
+
+PAGE = Path(__file__).parents[1] / 'docs' / 'use_in_your_project.md'
+BLOCKS = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.S)
+PROJECTS = [block for block in BLOCKS if block.startswith('_base_')]
+
+
+def classification_batch(cfg):
+    """From the folders that the page describes, through both of the config's pipelines."""
+    for split in ('train', 'val'):
+        for i in range(10):
+            path = Path(cfg.mine.data_root, split, f'class_{i}', 'a.png')
+            mmcv.imwrite(noise(i).permute(1, 2, 0).numpy(), str(path))
+    datasets = [DATASETS.build(cfg[f'{s}_dataloader'].dataset) for s in ('train', 'val', 'test')]
+    assert [len(d) for d in datasets] == [10, 10, 10]
+    assert datasets[1].img_prefix.endswith('val') and datasets[2].img_prefix.endswith('val')
+    items = [datasets[0][i] for i in range(2)]
+    return {key: [item[key] for item in items] for key in items[0]}
+
+
+@pytest.mark.parametrize('block', PROJECTS, ids=['detector', 'segmenter', 'classifier'])
+def test_the_pages_projects(block, tmp_path, monkeypatch):
+    """As written, with a stand-in for the published weights where a download would be kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    assert len(block.splitlines()) <= 16
+    (tmp_path / 'project.py').write_text(block)
+    cfg = Config.fromfile('project.py')
+    init_default_scope(cfg.default_scope)
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (SIZE, SIZE)
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+
+    source = (cfg.model.backbone.get('init_cfg') or cfg.model.init_cfg).checkpoint
+    published = randomize(FastViT(source.split('.')[0].removeprefix('fastvit_'))).state_dict()
+    (tmp_path / 'checkpoints').mkdir()
+    torch.save(published, tmp_path / 'checkpoints' / f'{source}.pth.tar')
+    model.init_weights()
+    own = model.backbone.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in published.items() if k in own)
+
+    if cfg.default_scope == 'mmpretrain':
+        data = classification_batch(cfg)
+    else:
+        data = batch(detection_sample if cfg.default_scope == 'mmdet' else segmentation_sample)
+    train_one_step(model, data)
+    model.eval()
+    with torch.no_grad():
+        for m in (model, fastvit_mm.reparameterize(model)):
+            assert len(m.test_step(data)) == 2
+
+
+def test_the_pages_last_lines(tmp_path, monkeypatch):
+    hook, example = BLOCKS[len(PROJECTS) :]
+    exec(hook, names := {})
+    built = [HOOKS.build(h) for h in names['custom_hooks']]
+    assert [type(h) for h in built] == [fastvit_mm.ReparameterizeHook]
+
+    monkeypatch.chdir(tmp_path)
+    shallow(CLASSIFICATION, tmp_path).rename('my_config.py')
+    model = fastvit_mm.init_model('my_config.py')
+    torch.save(dict(state_dict=model.state_dict()), 'my_checkpoint.pth')
+    mmcv.imwrite(noise(0).permute(1, 2, 0).numpy(), 'image.jpg')
+    exec(example, names := {})
+    assert names['result']['pred_label'] in range(1000)
+    assert not any('conv_scale' in k for k in names['model'].state_dict())
