@@ -8,8 +8,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, begin=0, end=5, convert_to_iter_based=True),
-    # Up to and with epoch 300, the first at the minimum.
-    dict(type='CosineAnnealingLR', T_max=295, eta_min=1e-5, begin=5, end=301),
+    dict(type='CosineAnnealingLR', T_max=295, eta_min=1e-5, begin=5, end=300),
 ]
 train_cfg = dict(by_epoch=True, max_epochs=310, val_interval=1)
 val_cfg = dict()
