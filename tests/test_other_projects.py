@@ -408,6 +408,11 @@ def test_the_pages_last_lines(tmp_path, monkeypatch):
     built = [HOOKS.build(h) for h in names['custom_hooks']]
     assert [type(h) for h in built] == [fastvit_mm.ReparameterizeHook]
 
+    line = re.search(r'`(custom_hooks = .*)`', PAGE.read_text())[1]
+    (tmp_path / 'project.py').write_text(PROJECTS[-1] + line)
+    kept = Config.fromfile(tmp_path / 'project.py').custom_hooks
+    assert [h.type for h in kept] == ['EMAHook', 'ReparameterizeHook']
+
     monkeypatch.chdir(tmp_path)
     shallow(CLASSIFICATION, tmp_path).rename('my_config.py')
     model = fastvit_mm.init_model('my_config.py')
