@@ -8,14 +8,9 @@ if not (find_spec('mmengine') and find_spec('mmcv')):
         'or pip install fastvit_mm[openmmlab] (the original packages)'
     )
 
-from mmengine.config.utils import MODULE2PACKAGE
+from . import inheritance, mmcv_ops
 
-from . import mmcv_ops
-
-# Lets configs inherit from fastvit_mm::... The name of a module in the package, not of the package:
-# for an editable install mmengine 0.10.7 would else look in site-packages.
-MODULE2PACKAGE.setdefault('fastvit_mm', 'fastvit_mm.errors')
-
+inheritance.install()
 mmcv_ops.install()  # before anything imports mmcv.ops
 
 from .apis import inference, init_model  # noqa: E402

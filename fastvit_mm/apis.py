@@ -13,16 +13,6 @@ from . import weights
 from .errors import FastViTError
 from .reparameterize import reparameterize
 
-
-def config_path(path: str, filename: str, original=Config._get_cfg_path) -> tuple[str, str | None]:
-    """mmengine's, but for the scope: ``fastvit_mm::`` in a ``_base_`` says where a config lies, not
-    which package has its models. mmengine would look for all of them in fastvit_mm."""
-    found, scope = original(path, filename)
-    return found, None if scope == 'fastvit_mm' else scope
-
-
-Config._get_cfg_path = staticmethod(config_path)
-
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
 
