@@ -1,4 +1,4 @@
-"""``_base_ = 'fastvit_mm::...'``: lets configs of other projects inherit from those in the wheel."""
+"""``_base_ = 'fastvit_mm::...'``: configs of other projects may inherit from those in the wheel."""
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
