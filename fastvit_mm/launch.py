@@ -39,6 +39,10 @@ def load_config(args: argparse.Namespace) -> Config:
         FastViTError: no such file, or it cannot be read.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher != 'none' and not torch.cuda.is_available():
+        raise FastViTError(
+            f'--launcher {args.launcher} needs GPUs and none was found: leave it out'
+        )
     path = Path(args.config)
     if not path.is_file():
         raise FastViTError(f'config {path} does not exist: the configs are under configs/<task>/')

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from randomize import randomize, relative
@@ -141,10 +141,19 @@ def test_the_averaged_weights_are_merged(tmp_path):
     assert not any('conv_scale' in k for k in spy.tested.state_dict())
 
 
-def test_wrapped_models(tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
+    address = f'file://{tmp_path}/rendezvous'
+    torch.distributed.init_process_group('gloo', init_method=address, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('wrapper', [nn.DataParallel, MMDistributedDataParallel])
+def test_wrapped_models(tmp_path, process_group, wrapper):
     spy = Spy()
     runner = make_runner(tmp_path, tiny_model(), [spy])
-    wrapped = nn.DataParallel(runner.model)
+    wrapped = wrapper(runner.model)
     runner.model = wrapped
     runner.test()
     assert runner.model is wrapped

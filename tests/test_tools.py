@@ -101,6 +101,7 @@ def test_configs_that_cannot_be_used(tool, tmp_path):
     refusal(tool('train', broken), 'broken.py', 'cannot be read')
     if not torch.cuda.is_available():
         refusal(tool('train', CLASSIFICATION, '--demo', '--amp'), '--amp', 'GPU')
+        refusal(tool('test', CLASSIFICATION, 'x.pth', '--launcher', 'pytorch'), '--launcher', 'GPU')
 
 
 @pytest.mark.parametrize('config', CONFIGS)
@@ -223,3 +224,31 @@ def test_train_resume_and_test(tool, tmp_path, task):
         deploy = ['model.backbone.deploy=True', 'model.neck.deploy=True']
         result = tool('test', config, checkpoint, *common, '--reparam', '--cfg-options', *deploy)
         refusal(result, 'nothing to reparameterize')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="mmengine's launchers need two GPUs")
+def test_two_processes(home, tmp_path):
+    """DistributedDataParallel: every parameter is used, and the wrapped model is merged."""
+    config = shallow(CLASSIFICATION, tmp_path)
+    settings = ['train_cfg.max_epochs=1']
+
+    def launched(name, *args):
+        tool = [ROOT / 'tools' / f'{name}.py', config, *args, '--demo', '--launcher', 'pytorch']
+        command = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2', *tool]
+        command += ['--work-dir', tmp_path, '--cfg-options', *settings]
+        run = subprocess.run(
+            [sys.executable, '-m', *map(str, command)], cwd=home, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout + run.stderr
+
+    launched('train')
+    checkpoint = tmp_path / 'epoch_1.pth'
+    metrics = []
+    for form in ([], ['--reparam']):
+        out = tmp_path / f'metrics{len(form)}.json'
+        text = launched('test', str(checkpoint), *form, '--out', str(out))
+        metrics.append(json.loads(out.read_text()))
+    assert 'reparameterized ImageClassifier' in text
+    assert metrics[0] == pytest.approx(metrics[1], abs=0.1)
