@@ -11,6 +11,7 @@ from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.weights import one_line
 
 
 class Frozen:
@@ -51,7 +52,7 @@ class DistilledImageClassifier(ImageClassifier):
             except Exception as error:
                 name = teacher.get('model_name', teacher['type'])
                 raise FastViTError(
-                    f'the teacher {name} cannot be built ({error}): it needs timm, and its weights '
+                    f'the teacher {name} cannot be built ({one_line(error)}): it needs timm, and its weights '
                     'from the network or in the cache of huggingface_hub'
                 ) from error
             self.teacher = Frozen(module)
