@@ -52,8 +52,8 @@ class DistilledImageClassifier(ImageClassifier):
             except Exception as error:
                 name = teacher.get('model_name', teacher['type'])
                 raise FastViTError(
-                    f'the teacher {name} cannot be built ({one_line(error)}): it needs timm, and its weights '
-                    'from the network or in the cache of huggingface_hub'
+                    f'the teacher {name} cannot be built ({one_line(error)}): it needs timm, and '
+                    'its weights from the network or in the cache of huggingface_hub'
                 ) from error
             self.teacher = Frozen(module)
 
