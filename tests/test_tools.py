@@ -31,9 +31,16 @@ REST = {
 }
 
 
+# A few images are enough where only the way there is tested.
+FEW = """
+train_dataloader = dict(dataset=dict(indices=32))
+val_dataloader = test_dataloader = dict(dataset=dict(indices=8))
+"""
+
+
 def shallow(config, folder, third=1):
     path = folder / f'{Path(config).stem}_{third}.py'
-    path.write_text(SHALLOW.format(base=ROOT / config, third=third, rest=REST[config]))
+    path.write_text(SHALLOW.format(base=ROOT / config, third=third, rest=REST[config]) + FEW)
     return path
 
 

@@ -115,12 +115,12 @@ def use_data(cfg, demo, folder):
     starting workers costs more than they save."""
     if demo['data'] == 'ade20k':
         folder /= 'ADEChallengeData2016'
-        meta = dict(classes=SCENE_CLASSES, palette=PALETTE)
+        meta = dict(classes=SCENE_CLASSES, palette=list(PALETTE))
         # ADE20KDataset admits subsets of its own 150 classes only; this is its base, set as it is.
         layout = dict(type='BaseSegDataset', reduce_zero_label=True)
         layout.update(img_suffix='.jpg', seg_map_suffix='.png')
     else:
-        meta, layout = dict(classes=CLASSES, palette=PALETTE[1:]), {}
+        meta, layout = dict(classes=CLASSES, palette=list(PALETTE[1:])), {}
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
         if not loader:
