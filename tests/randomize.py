@@ -18,7 +18,8 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
     for name, parameter in module.named_parameters():
         if name.endswith('gamma'):
-            uniform(parameter, -0.5, 0.5)
+            # Larger ones saturate the attention of deep variants, which then amplifies rounding.
+            uniform(parameter, -0.2, 0.2)
         elif parameter.ndim > 1:
             normal(parameter, parameter[0].numel() ** -0.5)
         else:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import pickle
 import re
 import subprocess
@@ -63,6 +64,8 @@ def home(tmp_path_factory):
 def tool(home, monkeypatch, capfd):
     """Run a tool in this process as its command line would; gives exit code and stderr."""
     monkeypatch.chdir(home)
+    # A logger that outlives the test that made it still writes to that test's stderr.
+    monkeypatch.setattr(logging, 'raiseExceptions', False)
 
     def call(name, *args):
         capfd.readouterr()
