@@ -64,7 +64,8 @@ def draw(rows: list, classes: list[str], palette: list, path: Path) -> None:
         axis.set_title(title)
     present = sorted({int(c) for _, t, p in rows for c in (*np.unique(t), *np.unique(p))} - {255})
     handles = [Patch(color=colors[c] / 255, label=classes[c]) for c in present]
-    figure.legend(handles=handles, loc='outside lower center', ncols=5, frameon=False, fontsize=9)
+    handles.append(Patch(facecolor='white', edgecolor='gray', label='unlabelled'))
+    figure.legend(handles=handles, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
