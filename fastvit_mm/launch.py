@@ -102,6 +102,11 @@ def check_data(cfg: Config, *stages: str) -> None:
 class Runner(BaseRunner):
     """mmengine's runner, with checkpoints read safely and loaded strictly."""
 
+    def dump_config(self):
+        # A test's reduced config must not replace the one that training left in the work dir.
+        if self._train_dataloader is not None:
+            super().dump_config()
+
     def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
         model = unwrap(self.model)
         tests_only = self._train_dataloader is None

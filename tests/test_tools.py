@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from randomize import randomize
 
+import fastvit_mm
 from fastvit_mm import launch, weights
+from fastvit_mm.demo import apply_demo
 
 ROOT = Path(__file__).parent.parent
 SEGMENTATION = 'configs/segmentation/fpn_fastvit_sa36_ade20k.py'
@@ -205,6 +209,7 @@ def test_train_resume_and_test(tool, tmp_path, task):
     log = '\n'.join(p.read_text() for p in tmp_path.rglob('*.log'))
     assert re.search(rf'resumed {unit}: 1|resumed epoch: \d, iter: 1', log), 'did not resume'
 
+    left = config.read_text()
     metrics = []
     for form in ([], ['--reparam']):
         out, shown = tmp_path / f'metrics{len(form)}.json', tmp_path / f'shown{len(form)}'
@@ -213,6 +218,7 @@ def test_train_resume_and_test(tool, tmp_path, task):
         assert code == 0, err
         metrics.append(json.loads(out.read_text()))
         assert sum(p.suffix.lower() in ('.png', '.jpg', '.jpeg') for p in shown.rglob('*')) > 5
+    assert config.read_text() == left, "a test replaced the run's config"
     assert metrics[0] and metrics[0].keys() == metrics[1].keys()
     for key, value in metrics[0].items():
         assert metrics[1][key] == pytest.approx(value, abs=0.1), key
@@ -234,6 +240,29 @@ def test_train_resume_and_test(tool, tmp_path, task):
         deploy = ['model.backbone.deploy=True', 'model.neck.deploy=True']
         result = tool('test', config, checkpoint, *common, '--reparam', '--cfg-options', *deploy)
         refusal(result, 'nothing to reparameterize')
+
+
+@pytest.mark.slow
+def test_published_layouts_need_no_conversion(tool, tmp_path):
+    """test.py and load_from take timm's and the authors' files as they are."""
+    config = shallow(CLASSIFICATION, tmp_path)
+    demo = Config.fromfile(config)
+    model = randomize(fastvit_mm.init_model(apply_demo(demo)))
+    common = ['--demo', '--work-dir', tmp_path]
+    metrics = []
+    for layout in ('mm', 'timm', 'apple'):
+        file, out = tmp_path / f'{layout}.pth', tmp_path / f'{layout}.json'
+        torch.save(dict(state_dict=weights.convert(model.state_dict(), layout, deploy=False)), file)
+        code, err = tool('test', config, file, *common, '--out', out)
+        assert code == 0, err
+        metrics.append(json.loads(out.read_text()))
+        if layout != 'mm':
+            few = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', f'load_from={file}']
+            code, err = tool('train', config, *common, '--cfg-options', *few)
+            assert code == 0, err
+            log = max(tmp_path.rglob('*.log'), key=lambda p: p.stat().st_mtime).read_text()
+            assert f'Load checkpoint from {file}' in log
+    assert metrics[0] == metrics[1] == metrics[2]
 
 
 @pytest.mark.slow
