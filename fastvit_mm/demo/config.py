@@ -11,7 +11,7 @@ from .scenes import CLASSES, LAYOUTS, PALETTE, SCENE_CLASSES, make_data
 # `iters` and `lr` go together: so few iterations need larger steps than the config's schedule.
 DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=420, lr=2e-3),  # 256 to 64
-    'mmdet': dict(data='coco', shrink=0.08, batch=4, iters=600, lr=3e-4),  # short side 800 to 64
+    'mmdet': dict(data='coco', shrink=0.08, batch=4, iters=800, lr=3e-4),  # short side 800 to 64
     'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=340, lr=2e-3),  # 512 to 64
 }
 WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
