@@ -33,6 +33,11 @@ EXTRAS = {
         # used but not declared: mmengine needs pkg_resources, which later versions lack
         'setuptools<81',
     ],
+    # where `tools/export.py --format` writes to, and what runs those files
+    'onnx': ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5'],
+    'openvino': ['openvino>=2025.0'],
+    'coreml': ['coremltools>=9.0'],
+    'tensorboard': ['tensorboard>=2.16'],
     'test': [
         'pytest',
         'pytest-xdist',
@@ -41,6 +46,8 @@ EXTRAS = {
         'timm>=1.0.22',
     ],
 }
+for extra in ('onnx', 'openvino', 'coreml', 'tensorboard'):
+    EXTRAS['test'] += EXTRAS[extra]
 
 
 class BuildPy(build_py):
