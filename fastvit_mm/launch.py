@@ -16,17 +16,24 @@ from .errors import FastViTError
 from .reparameterize import unwrap
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every tool with a config takes."""
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that every tool with a config takes, for :func:`load_config`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='settings to change: key=value ...'
+    )
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    return parser
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Those, and what the tools take that start a run."""
+    parser = config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher'
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='settings to change: key=value ...'
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser

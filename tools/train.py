@@ -1,10 +1,30 @@
-"""Train a config: python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp] ..."""
+"""Train a config:
+python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp] [--tensorboard] ...
+"""
 
 import torch
+from mmengine.config import Config
 
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch, weights
 from fastvit_mm.errors import FastViTError
+
+
+def check_tensorboard() -> None:
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise FastViTError(
+            '--tensorboard needs tensorboard: pip install fastvit_mm[tensorboard]'
+        ) from error
+
+
+def log_to_tensorboard(cfg: Config) -> None:
+    """Let the visualizer write TensorBoard's event files too."""
+    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))
+    backends = visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
+    if all(one['type'] != 'TensorboardVisBackend' for one in backends):
+        visualizer.vis_backends = [*backends, dict(type='TensorboardVisBackend')]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,8 +36,13 @@ def main(argv: list[str] | None = None) -> None:
         help='go on from FILE, or (auto) from the latest checkpoint in the work dir',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
+    parser.add_argument(
+        '--tensorboard', action='store_true', help='log to vis_data/ for `tensorboard --logdir`'
+    )
     args = parser.parse_args(argv)
 
+    if args.tensorboard:
+        check_tensorboard()
     cfg = launch.load_config(args)
     if args.amp:
         if not torch.cuda.is_available():
@@ -27,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.tensorboard:
+        log_to_tensorboard(cfg)
     if cfg.get('load_from'):
         cfg.load_from = str(weights.find(cfg.load_from))
     launch.check_data(cfg, 'train', 'val')

@@ -1,0 +1,223 @@
+"""Predictions as pictures to look at, whatever the task; the packages' own visualizers draw."""
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from mmengine.structures import InstanceData
+
+SMALL = 512  # pixels: what is smaller, as a square of the same area, is enlarged to this
+DPI = 130  # of a small picture; larger ones have larger text
+LARGE = 800  # pixels, likewise: from here on the text grows with the picture
+TOP = 5  # classes of a classification
+
+
+def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.ndarray:
+    """Draw a prediction of :func:`fastvit_mm.inference`.
+
+    Args:
+        image: BGR uint8 (H, W, 3).
+        result: what ``inference`` gave for it; of detections, all that are to be drawn.
+        meta: the model's ``dataset_meta``; without ``classes`` and ``palette``, classes are
+            numbered and their colours random.
+        same_size: as a video needs it: the bars or the legend lie on the image. Otherwise they
+            stand beside it, and a small image is enlarged.
+
+    Returns:
+        BGR uint8; (H, W, 3) with ``same_size``.
+    """
+    height, width = image.shape[:2]
+    side = math.sqrt(height * width)
+    factor = math.ceil(SMALL / side) if side < SMALL else 1
+    dpi = DPI * max(1, side * factor / LARGE)
+    rgb = enlarged(np.ascontiguousarray(image[..., ::-1]), factor, cv2.INTER_CUBIC)
+    if isinstance(result, dict):
+        picture = add(rgb, panel(top_classes(result, meta), dpi, bars=True), same_size)
+    elif 'pred_instances' in result:
+        picture = instances(rgb, result.pred_instances.cpu(), meta, factor, dpi)
+    else:
+        labels = result.pred_sem_seg.data[0].cpu().numpy()
+        picture = overlay(rgb, labels, meta, factor)
+        rows = legend(labels, meta, limit=max(4, int(rgb.shape[0] / dpi / LEGEND_ROW) - 1))
+        picture = add(picture, panel(rows, dpi, bars=False), same_size)
+    if same_size and factor > 1:
+        picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(picture[..., ::-1])
+
+
+def class_name(meta: dict, label: int) -> str:
+    """The name of a class, or its number where the model has no names."""
+    classes = meta.get('classes') or ()
+    return str(classes[label]) if label < len(classes) else f'class {label}'
+
+
+def colours(meta: dict, count: int) -> list[tuple[int, int, int]]:
+    """An RGB colour, 0 to 255, for each of ``count`` classes."""
+    from mmdet.visualization import get_palette
+
+    palette = meta.get('palette')
+    if palette is not None and not isinstance(palette, str):
+        palette = [tuple(int(value) for value in colour) for colour in palette]
+        if len(palette) < count:
+            palette = None
+    return [tuple(int(value) for value in colour) for colour in get_palette(palette, count)]
+
+
+def enlarged(array: np.ndarray, factor: int, how: int) -> np.ndarray:
+    return cv2.resize(array, None, fx=factor, fy=factor, interpolation=how) if factor > 1 else array
+
+
+def instances(
+    image: np.ndarray, found: InstanceData, meta: dict, factor: int, dpi: float
+) -> np.ndarray:
+    """Boxes, masks, names and scores on an enlarged image, by mmdet's visualizer."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import bitmap_to_polygon
+    from mmdet.visualization import DetLocalVisualizer
+
+    if not len(found):
+        return image
+    labels = found.labels.tolist()
+    palette = colours(meta, max(labels) + 1)
+    with matplotlib.rc_context({'figure.dpi': dpi}):
+        visualizer = DetLocalVisualizer(line_width=1.5, text_color=(255, 255, 255))
+    visualizer.dataset_meta = dict(
+        classes=[class_name(meta, label) for label in range(max(labels) + 1)], palette=palette
+    )
+    if 'masks' in found:
+        masks = [
+            enlarged(mask.astype(np.float32), factor, cv2.INTER_LINEAR) >= 0.5
+            for mask in np.asarray(found.masks)
+        ]
+        visualizer.set_image(image)
+        visualizer.draw_binary_masks(np.stack(masks), [palette[label] for label in labels], 0.45)
+        outlines = [line for mask in masks for line in bitmap_to_polygon(mask)[0]]
+        if outlines:
+            visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1, alpha=0.8)
+        image = visualizer.get_image()
+    boxes = InstanceData(
+        bboxes=found.bboxes * factor, labels=found.labels, scores=found.scores.clone()
+    )
+    sample = DetDataSample(pred_instances=boxes)
+    visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=-1)
+    return visualizer.get_image()
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, meta: dict, factor: int) -> np.ndarray:
+    """Classes as colours on an enlarged image, by mmseg's visualizer.
+
+    Args:
+        labels: (H, W) of the original image.
+    """
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    from mmseg.visualization import SegLocalVisualizer
+
+    count = max(int(labels.max()) + 1, len(meta.get('classes') or ()))
+    visualizer = SegLocalVisualizer(alpha=0.6)
+    visualizer.dataset_meta = dict(  # its own arguments for these are interchanged
+        classes=[class_name(meta, label) for label in range(count)], palette=colours(meta, count)
+    )
+    if factor > 1:  # with smooth borders
+        present = np.unique(labels)
+        parts = [(labels == label).astype(np.float32) for label in present]
+        labels = present[np.argmax([enlarged(p, factor, cv2.INTER_LINEAR) for p in parts], axis=0)]
+    field = PixelData(data=torch.from_numpy(labels.astype(np.int64))[None])
+    # On grey, as a red class on a blue object would look green.
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    sample = SegDataSample(pred_sem_seg=field)
+    visualizer.add_datasample('', grey, sample, draw_gt=False, with_labels=False)
+    return visualizer.get_image()
+
+
+Row = tuple[str, float, tuple[int, int, int]]  # name, share of one, RGB colour
+
+
+def top_classes(result: dict, meta: dict) -> list[Row]:
+    """The likeliest classes of an image, the first one in the strongest colour."""
+    scores = np.asarray(result['pred_scores'])
+    best = np.argsort(-scores, kind='stable')[:TOP]
+    return [
+        (class_name(meta, label), float(scores[label]), (38, 99, 190) if rank == 0 else BAR)
+        for rank, label in enumerate(best.tolist())
+    ]
+
+
+def legend(labels: np.ndarray, meta: dict, limit: int) -> list[Row]:
+    """The classes present by area, the least ones as one row where there are more than fit."""
+    present, sizes = np.unique(labels, return_counts=True)
+    order = np.argsort(-sizes, kind='stable')
+    palette = colours(meta, int(present.max()) + 1)
+    rows = [
+        (class_name(meta, label), size / labels.size, palette[label])
+        for label, size in zip(present[order].tolist(), sizes[order].tolist(), strict=True)
+    ]
+    if len(rows) > limit:
+        rest = rows[limit - 1 :]
+        more = (f'{len(rest)} more', sum(share for _, share, _ in rest), (255, 255, 255))
+        rows = [*rows[: limit - 1], more]
+    return rows
+
+
+WIDTH, MARGIN = 2.5, 0.14  # inches, of a panel
+BARS_ROW, LEGEND_ROW = 0.46, 0.27  # inches
+NAME = 24  # letters that fit beside the number
+BAR, GROUND = (142, 178, 226), (232, 235, 240)
+
+
+def panel(rows: Sequence[Row], dpi: float, bars: bool) -> np.ndarray:
+    """Names and shares, with a bar below each or a patch of colour before it: RGB uint8."""
+    step = BARS_ROW if bars else LEGEND_ROW
+    size = (WIDTH, step * len(rows) + 1.3 * MARGIN)
+    figure = Figure(size, dpi=dpi, facecolor='white')
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(size[1], 0))
+    axis.set_axis_off()
+
+    def block(x, y, width, height, colour):
+        axis.add_patch(Rectangle((x, y), width, height, color=np.array(colour) / 255, lw=0))
+
+    inner = WIDTH - 2 * MARGIN
+    for index, (name, share, colour) in enumerate(rows):
+        middle = MARGIN / 2 + step * index + LEGEND_ROW / 2
+        left = MARGIN if bars else MARGIN + 0.24
+        limit = NAME if bars else NAME - 3
+        name = name if len(name) <= limit else f'{name[: limit - 1].rstrip()}…'
+        text = dict(va='center_baseline', fontsize=9.5, parse_math=False)
+        axis.text(left, middle, name, **text)
+        axis.text(WIDTH - MARGIN, middle, f'{share:.1%}', ha='right', **text)
+        if bars:
+            block(MARGIN, middle + 0.13, inner, 0.1, GROUND)
+            block(MARGIN, middle + 0.13, inner * share, 0.1, colour)
+        else:
+            block(MARGIN, middle - 0.075, 0.15, 0.15, colour)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def add(image: np.ndarray, side: np.ndarray, same_size: bool) -> np.ndarray:
+    """A panel to the right of an image, or faintly in its upper left corner."""
+    if not same_size:
+        height = max(len(image), len(side))
+        return np.hstack([centred(part, height) for part in (image, side)])
+    fit = min(1, 0.6 * image.shape[1] / side.shape[1], image.shape[0] / side.shape[0])
+    if fit < 1:
+        side = cv2.resize(side, None, fx=fit, fy=fit, interpolation=cv2.INTER_AREA)
+    height, width = side.shape[:2]
+    image = image.copy()
+    corner = image[:height, :width]
+    image[:height, :width] = cv2.addWeighted(corner, 0.25, side, 0.75, 0)
+    return image
+
+
+def centred(image: np.ndarray, height: int) -> np.ndarray:
+    """An image with white above and below, ``height`` pixels in all."""
+    above = (height - len(image)) // 2
+    below = height - len(image) - above
+    return np.pad(image, ((above, below), (0, 0), (0, 0)), constant_values=255)

@@ -1,0 +1,185 @@
+"""Plot what training logged: python tools/plot_log.py WORK_DIR [WORK_DIR ...] [--out FILE.png]
+
+Losses, learning rate and validation metrics over the iterations, as WORK_DIR/curves.png; with --out
+all the runs in one picture. Every time stamp of a work dir is read: a run that was resumed goes on
+where its checkpoint was, and a run that was started afresh replaces the earlier one. Curves of many
+points are smoothed; the values as logged stay behind them, pale.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from fastvit_mm import launch
+from fastvit_mm.errors import FastViTError
+
+Curves = dict[str, list[tuple[int, float]]]  # values over iterations, by name
+SMOOTH = 60  # points: a curve of more is smoothed, over a twentieth of its length
+NOT_METRICS = ('time', 'data_time', 'step', 'iter', 'epoch', 'memory')
+
+
+def find_logs(work_dir: Path) -> list[Path]:
+    """mmengine's scalars of every time stamp, in order; also of one time stamp's own folder."""
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    logs += work_dir.glob('vis_data/scalars.json')
+    if not logs:
+        raise FastViTError(
+            f'no training log in {work_dir}: a work dir has TIME/vis_data/scalars.json'
+        )
+    return logs
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The lines of a log; one that a killed run left half written is reported and skipped."""
+    bad = 0
+    with path.open(encoding='utf-8', errors='replace') as lines:
+        for line in lines:
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError):
+                bad += 1
+    if bad:
+        print(f'{path}: {bad} unreadable line{"s"[: bad > 1]} skipped', file=sys.stderr)
+
+
+def curves(work_dir: Path) -> Curves:
+    """All that a work dir's runs logged. Of two that overlap, the later one holds.
+
+    Raises:
+        FastViTError: there is no log, or nothing in it.
+    """
+    logs = [list(read(path)) for path in find_logs(work_dir)]
+    trained = [line for log in logs for line in log if 'iter' in line]
+    # Validations of runs counted in epochs are logged with the epoch as their step.
+    epochs = (math.ceil(line['iter'] / line['epoch']) for line in trained if line.get('epoch'))
+    per_epoch = max(epochs, default=1)
+    joined = defaultdict(list)
+    for log in logs:
+        new, step = defaultdict(list), 0
+        for line in log:
+            training = 'iter' in line
+            step = line['iter'] if training else max(step, line.get('step', 0) * per_epoch)
+            for name, value in line.items():
+                wanted = name == 'lr' or 'loss' in name if training else name not in NOT_METRICS
+                if wanted and isinstance(value, int | float):
+                    new[name].append((step, value))
+        begin = min((points[0][0] for points in new.values()), default=math.inf)
+        for name in dict.fromkeys((*joined, *new)):
+            joined[name] = [one for one in joined[name] if one[0] < begin] + new[name]
+    # COCO gives -1 where there is nothing to measure.
+    found = {n: p for n, p in joined.items() if p and any(value != -1 for _, value in p)}
+    if not found:
+        raise FastViTError(f'the logs in {work_dir} hold nothing yet: train for longer')
+    return found
+
+
+def panels(runs: dict[str, Curves]) -> list[str]:
+    """The names to plot: loss, its parts, learning rate, metrics."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run))
+    parts = [name for name in names if 'loss' in name and name != 'loss']
+    if len(parts) == 1 and 'loss' in names:  # the loss itself, once more
+        names.remove(parts.pop())
+    rank = {'loss': 0, 'lr': 2}
+    return sorted(names, key=lambda name: rank.get(name, 1 if name in parts else 3))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of a twentieth of the curve around each point, of fewer at its ends."""
+    window = np.ones(max(3, len(values) // 20))
+    return np.convolve(values, window, 'same') / np.convolve(np.ones_like(values), window, 'same')
+
+
+def style(index: int) -> dict:
+    """The line of a run."""
+    return dict(color=f'C{index % 10}', linestyle=('-', '--', ':')[index // 10 % 3])
+
+
+def plot(runs: dict[str, Curves], path: Path) -> None:
+    """One panel for each quantity, one colour for each run."""
+    names = panels(runs)
+    columns = min(len(names), 3 if len(names) <= 9 else 4)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure((4 * columns, 2.6 * rows + 0.5), dpi=110, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        highest = last = -math.inf
+        for index, run in enumerate(runs.values()):
+            if name not in run:
+                continue
+            steps, values = np.array(run[name], float).T
+            highest, last = max(highest, np.nanmax(values, initial=0)), values[-1]
+            if len(steps) > SMOOTH and name != 'lr':
+                axis.plot(steps, values, alpha=0.3, linewidth=0.8, **style(index))
+                values = smooth(values)
+            marker = 'o' if len(steps) < 20 else None
+            axis.plot(steps, values, marker=marker, markersize=3.5, **style(index))
+        percent = ' (%)' if 'loss' not in name and 1 < highest <= 100 else ''
+        axis.set_title('learning rate' if name == 'lr' else name + percent, loc='left', fontsize=10)
+        if len(runs) == 1:
+            axis.set_title(f'last {last:.4g}', loc='right', fontsize=9, color='gray')
+        axis.grid(alpha=0.25)
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+    for axis in axes[-1]:
+        axis.set_xlabel('iterations')
+    if len(runs) == 1:
+        figure.suptitle(next(iter(runs)))
+    else:
+        lines = [Line2D([], [], **style(index)) for index in range(len(runs))]
+        figure.legend(lines, list(runs), loc='outside upper center', ncols=columns, frameon=False)
+    figure.savefig(path)
+
+
+def run_names(work_dirs: list[Path]) -> list[str]:
+    """The folders' names, or where two are alike their whole paths."""
+    names = [folder.resolve().name for folder in work_dirs]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in work_dirs]
+
+
+def main(argv: list[str] | None = None) -> None:
+    description, _, details = __doc__.partition('\n\n')
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('work_dirs', metavar='WORK_DIR', nargs='+', type=Path)
+    parser.add_argument('--out', type=Path, help='one picture of all the runs: FILE.png')
+    args = parser.parse_args(argv)
+
+    if args.out and args.out.suffix != '.png':
+        raise FastViTError(f'--out {args.out}: give FILE.png')
+    work_dirs = list(dict.fromkeys(args.work_dirs))
+    runs = {
+        name: curves(folder) for name, folder in zip(run_names(work_dirs), work_dirs, strict=True)
+    }
+    if args.out:
+        pictures = {args.out: runs}
+    else:
+        pictures = {
+            folder / 'curves.png': {name: run}
+            for folder, (name, run) in zip(work_dirs, runs.items(), strict=True)
+        }
+    for path, shown in pictures.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plot(shown, path)
+        except OSError as error:
+            raise FastViTError(f'cannot write {path}: {error}') from error
+        print(f'{path}: {", ".join(panels(shown))}')
+
+
+if __name__ == '__main__':
+    launch.run(main)
