@@ -83,6 +83,7 @@ def instances(
 
     if not len(found):
         return image
+    found = found[found.scores.argsort()].numpy()  # the surest one on top
     labels = found.labels.tolist()
     palette = colours(meta, max(labels) + 1)
     with matplotlib.rc_context({'figure.dpi': dpi}):
@@ -93,7 +94,7 @@ def instances(
     if 'masks' in found:
         masks = [
             enlarged(mask.astype(np.float32), factor, cv2.INTER_LINEAR) >= 0.5
-            for mask in np.asarray(found.masks)
+            for mask in found.masks
         ]
         visualizer.set_image(image)
         visualizer.draw_binary_masks(np.stack(masks), [palette[label] for label in labels], 0.45)
@@ -101,10 +102,8 @@ def instances(
         if outlines:
             visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1, alpha=0.8)
         image = visualizer.get_image()
-    boxes = InstanceData(
-        bboxes=found.bboxes * factor, labels=found.labels, scores=found.scores.clone()
-    )
-    sample = DetDataSample(pred_instances=boxes)
+    boxes = dict(bboxes=found.bboxes * factor, labels=found.labels, scores=found.scores)
+    sample = DetDataSample(pred_instances=InstanceData(**boxes))
     visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=-1)
     return visualizer.get_image()
 
@@ -191,7 +190,8 @@ def panel(rows: Sequence[Row], dpi: float, bars: bool) -> np.ndarray:
         name = name if len(name) <= limit else f'{name[: limit - 1].rstrip()}…'
         text = dict(va='center_baseline', fontsize=9.5, parse_math=False)
         axis.text(left, middle, name, **text)
-        axis.text(WIDTH - MARGIN, middle, f'{share:.1%}', ha='right', **text)
+        number = f'{share:.1%}' if share >= 5e-4 else '<0.1%'
+        axis.text(WIDTH - MARGIN, middle, number, ha='right', **text)
         if bars:
             block(MARGIN, middle + 0.13, inner, 0.1, GROUND)
             block(MARGIN, middle + 0.13, inner * share, 0.1, colour)

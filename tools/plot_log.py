@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
@@ -103,37 +104,44 @@ def style(index: int) -> dict:
     return dict(color=f'C{index % 10}', linestyle=('-', '--', ':')[index // 10 % 3])
 
 
+def draw(axis: Axes, name: str, runs: dict[str, Curves]) -> None:
+    """One quantity of all the runs that have it."""
+    metric = name != 'lr' and 'loss' not in name
+    for index, run in enumerate(runs.values()):
+        if name not in run:
+            continue
+        steps, values = np.array(run[name], float).T
+        last, marker = values[-1], 'o' if metric and len(steps) < 50 else None
+        if name != 'lr' and len(steps) > SMOOTH:
+            axis.plot(steps, values, alpha=0.3, linewidth=0.8, **style(index))
+            values = smooth(values)
+        axis.plot(steps, values, marker=marker, markersize=3.5, clip_on=False, **style(index))
+    percent = metric and 1 < axis.dataLim.ymax <= 100
+    if percent:
+        axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+    title = 'learning rate' if name == 'lr' else f'{name} (%)' if percent else name
+    axis.set_title(title, loc='left', fontsize=10)
+    if len(runs) == 1:
+        axis.set_title(f'last {last:.4g}', loc='right', fontsize=9, color='gray')
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.set_xlim(0, max(points[-1][0] for run in runs.values() for points in run.values()))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+
+
 def plot(runs: dict[str, Curves], path: Path) -> None:
     """One panel for each quantity, one colour for each run."""
     names = panels(runs)
     columns = min(len(names), 3 if len(names) <= 9 else 4)
     rows = math.ceil(len(names) / columns)
     figure = Figure((4 * columns, 2.6 * rows + 0.5), dpi=110, layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
-    for axis, name in zip(axes.flat, names, strict=False):
-        highest = last = -math.inf
-        for index, run in enumerate(runs.values()):
-            if name not in run:
-                continue
-            steps, values = np.array(run[name], float).T
-            highest, last = max(highest, np.nanmax(values, initial=0)), values[-1]
-            if len(steps) > SMOOTH and name != 'lr':
-                axis.plot(steps, values, alpha=0.3, linewidth=0.8, **style(index))
-                values = smooth(values)
-            marker = 'o' if len(steps) < 20 else None
-            axis.plot(steps, values, marker=marker, markersize=3.5, **style(index))
-        percent = ' (%)' if 'loss' not in name and 1 < highest <= 100 else ''
-        axis.set_title('learning rate' if name == 'lr' else name + percent, loc='left', fontsize=10)
-        if len(runs) == 1:
-            axis.set_title(f'last {last:.4g}', loc='right', fontsize=9, color='gray')
-        axis.grid(alpha=0.25)
-        axis.spines[['top', 'right']].set_visible(False)
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=''))
-    for axis in axes[-1]:
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, name in zip(axes, names, strict=False):
+        draw(axis, name, runs)
+    for axis in axes[len(names) - columns : len(names)]:
         axis.set_xlabel('iterations')
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)))
     else:
