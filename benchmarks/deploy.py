@@ -1,0 +1,55 @@
+"""deploy: our deploy form of the backbone against timm's reparameterized one, in PyTorch."""
+
+import itertools
+
+import torch
+
+from fastvit_mm import ARCHS, FastViTError
+
+from . import measure, sides
+from .report import Report
+
+HELP = 'the deploy form of the backbone against timm in PyTorch; bf16 against fp32'
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument('--archs', nargs='+', default=list(ARCHS), choices=ARCHS)
+    parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
+    parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='pairs up with sizes')
+    parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=sides.DTYPES)
+    parser.add_argument(
+        '--modes', nargs='+', default=['eager'], choices=sides.MODES, help='graph: CUDA graphs'
+    )
+    parser.add_argument('--half', action='store_true', help='ours in bf16 against ours in fp32')
+
+
+@torch.inference_mode()
+def run(args, report: Report) -> None:
+    if 'graph' in args.modes and not args.device.startswith('cuda'):
+        raise FastViTError('--modes graph is for CUDA graphs: add --device cuda')
+    dtypes = ['bf16'] if args.half else args.dtypes
+    title = 'times of fp32 / times of bf16' if args.half else "times of timm's / times of ours"
+    ratios = {}
+    for arch in args.archs:
+        models = sides.deployed(arch)
+        for size, batch in sides.shapes(args.sizes, args.batch):
+            inputs = sides.images(size, batch)
+            work = measure.flops(sides.eager(models['ours'], inputs))
+            for dtype, mode in itertools.product(dtypes, args.modes):
+                pair = {name: (model, dtype) for name, model in models.items()}
+                if args.half:
+                    pair = {own: (models['ours'], own) for own in ('bf16', 'fp32')}
+                outcome = sides.contest(
+                    {
+                        name: sides.calls(model, inputs, args.device, own, mode)
+                        for name, (model, own) in pair.items()
+                    },
+                    args.seconds,
+                    args.device,
+                    dtype,
+                )
+                case = dict(arch=arch, size=size, batch=batch, dtype=dtype, mode=mode)
+                speed = report.speed(work, outcome.seconds, dtype=sides.DTYPES[dtype])
+                report.add(title, {**case, **outcome.row, **speed})
+                ratios[' '.join(str(v) for v in case.values())] = outcome.ratio
+    report.conclude(title, ratios)

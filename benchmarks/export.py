@@ -1,0 +1,69 @@
+"""export: ONNX Runtime on the CPU, our export against timm's reparameterized model's."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastvit_mm import ARCHS
+
+from . import measure, sides
+from .report import Report
+
+HELP = 'ONNX Runtime on the CPU: our export against that of timm'
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument('--archs', nargs='+', default=list(ARCHS), choices=ARCHS)
+    parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
+    parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='pairs up with sizes')
+    parser.add_argument(
+        '--no-spin', action='store_true', help="ONNX Runtime's threads sleep while they wait"
+    )
+
+
+def to_onnx(model: nn.Module, inputs: Tensor) -> bytes:
+    """``model`` for inputs of exactly this shape."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        path = Path(folder, 'model.onnx')
+        torch.onnx.export(
+            model, (inputs,), path, dynamo=True, external_data=False, verbose=False
+        )
+        return path.read_bytes()
+
+
+def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Callable:
+    """A call of an exported model in ONNX Runtime that gives its outputs as tensors."""
+    session = measure.onnxruntime_session(content, threads, **options)
+    feed = {session.get_inputs()[0].name: inputs.numpy()}
+    return lambda: [torch.from_numpy(o) for o in session.run(None, feed)]
+
+
+@torch.no_grad()
+def run(args, report: Report) -> None:
+    title = "ONNX Runtime: times of timm's / times of ours"
+    ratios = {}
+    for arch in args.archs:
+        models = sides.deployed(arch)
+        for size, batch in sides.shapes(args.sizes, args.batch):
+            inputs = sides.images(size, batch)
+            work = measure.flops(sides.eager(models['ours'], inputs))
+            exported = {name: to_onnx(model, inputs) for name, model in models.items()}
+            # The arena keeps what a first run took, so that memory needs a session without it.
+            calls, lean = (
+                {
+                    name: {'ONNX': runtime_call(content, inputs, args.threads, **options)}
+                    for name, content in exported.items()
+                }
+                for options in (dict(spin=not args.no_spin), dict(arena=False))
+            )
+            outcome = sides.contest(calls, args.seconds, args.device, memory=lean)
+            case = dict(arch=arch, size=size, batch=batch)
+            report.add(title, {**case, **outcome.row, **report.speed(work, outcome.seconds)})
+            ratios[' '.join(str(v) for v in case.values())] = outcome.ratio
+    report.conclude(title, ratios)

@@ -1,0 +1,187 @@
+"""What was measured, as Markdown tables, JSON and pictures.
+
+A row is a dict from column to value; the column's name carries the unit. Units: ms, MB (2**20
+bytes), GFLOP/s (10**9, two for each multiply-add).
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from fastvit_mm.errors import FastViTError
+
+from .measure import Spread, best_gflops, geometric_mean
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if not value or not np.isfinite(value):
+        return f'{value:g}'
+    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+    return f'{value:,.{digits}f}'
+
+
+def text(value) -> str:
+    """A cell: a spread as ``median (low-high)``, nothing as a dash."""
+    if value is None:
+        return '-'
+    if isinstance(value, Spread):
+        return f'{number(value.median)} ({number(value.low)}-{number(value.high)})'
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table; what is the same in all of its rows stands in one line before it."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    constant = []
+    if len(rows) > 1:
+        constant = [c for c in columns[1:] if len({text(row.get(c)) for row in rows}) == 1]
+    columns = [c for c in columns if c not in constant]
+    before = ', '.join(f'{c}: {text(rows[0].get(c))}' for c in constant)
+    lines = [columns, ['---'] * len(columns)]
+    lines += [[text(row.get(column)) for column in columns] for row in rows]
+    table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return f'In all rows: {before}.\n\n{table}' if before else table
+
+
+@dataclass
+class Report:
+    """Collects what one command measured.
+
+    Attributes:
+        draw: puts the picture on axes; None where there is none.
+    """
+
+    command: str
+    machine: dict[str, str]
+    limits: dict[str, float]
+    tables: dict[str, list[dict]] = field(default_factory=dict)
+    summary: dict[str, float | str] = field(default_factory=dict)
+    draw: Callable | None = None
+
+    def add(self, title: str, row: dict) -> None:
+        """A row of the table ``title``; says so, since a run takes minutes."""
+        self.tables.setdefault(title, []).append(row)
+        print(', '.join(f'{k} {text(v)}' for k, v in row.items()), file=sys.stderr, flush=True)
+
+    def speed(self, flops: int, seconds: float, dtype: torch.dtype = torch.float32) -> dict:
+        """Columns that hold what was achieved against the best that was just measured."""
+        achieved = flops / seconds / 1e9
+        limit = best_gflops(self.limits, dtype)
+        share = 100 * achieved / limit if limit else None
+        return {'GFLOP/s': achieved, '% of the best GEMM': share}
+
+    def conclude(self, title: str, ratios: dict[str, Spread | str]) -> None:
+        """The geometric mean of ``ratios``, if each of them could be measured, and their picture."""
+        if all(isinstance(r, Spread) for r in ratios.values()):
+            mean = geometric_mean([r.median for r in ratios.values()])
+            self.summary[f'{title}, geometric mean of {len(ratios)}'] = mean
+        self.draw = bars(ratios, title)
+
+    def refusals(self) -> list[str]:
+        """The rows whose sides gave different outputs."""
+        rows = [row for rows in self.tables.values() for row in rows]
+        return [
+            f'{next(iter(row.values()))}: {value}'
+            for row in rows
+            for value in row.values()
+            if isinstance(value, str) and value.startswith('no ratio')
+        ]
+
+    def __str__(self) -> str:
+        facts = {**self.machine, **{k: number(v) for k, v in self.limits.items()}}
+        lines = [f'`{self.command}`', '', '; '.join(f'{k} {v}' for k, v in facts.items()) + '.']
+        for title, rows in self.tables.items():
+            lines += ['', f'**{title}**', '', markdown(rows)]
+        lines += ['', *(f'{k}: {text(v)}' for k, v in self.summary.items())]
+        return '\n'.join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Everything as JSON, spreads as median, low and high."""
+        content = asdict(self)
+        del content['draw']
+        write(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + '\n'))
+
+    def plot(self, path: str | Path) -> None:
+        if self.draw is None:
+            raise FastViTError('nothing to plot: no ratio could be measured')
+        figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+        self.draw(axes)
+        write(path, lambda p: figure.savefig(p, dpi=110))
+        plt.close(figure)
+
+
+def write(path: str | Path, save: Callable[[Path], None]) -> None:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+    except (OSError, ValueError) as error:  # no such place, or no such kind of picture
+        raise FastViTError(f'{path} cannot be written: {error}') from error
+
+
+def bars(ratios: dict[str, Spread], title: str) -> Callable | None:
+    """A bar for each ratio, with its quartiles; 1 is where both sides are equal."""
+    ratios = {name: value for name, value in ratios.items() if isinstance(value, Spread)}
+
+    def draw(axes):
+        names = list(ratios)
+        medians = np.array([r.median for r in ratios.values()])
+        errors = [
+            medians - [r.low for r in ratios.values()],
+            [r.high for r in ratios.values()] - medians,
+        ]
+        axes.barh(names, medians, xerr=errors, color='tab:blue', ecolor='black', capsize=2)
+        axes.axvline(1, color='black', linewidth=1)
+        axes.invert_yaxis()
+        axes.set_xlabel(title)
+
+    return draw if ratios else None
+
+
+def scatter(families: dict[str, list[tuple]], title: str) -> Callable:
+    """A line for each family over points of (name, ms, top-1 in %)."""
+
+    def draw(axes):
+        for family, points in families.items():
+            names, times, accuracies = zip(*sorted(points, key=lambda p: p[1]), strict=True)
+            own = family == 'FastViT'
+            axes.plot(
+                times, accuracies, 'o-', label=family, linewidth=2.5 if own else 1, zorder=2 + own
+            )
+            for name, x, y in zip(names, times, accuracies, strict=True):
+                axes.annotate(name, (x, y), (3, -8), textcoords='offset points', fontsize=7)
+        axes.set_xscale('log')
+        axes.set_xlabel(title)
+        axes.set_ylabel('ImageNet top-1, published, %')
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    return draw
+
+
+def curves(series: dict[str, tuple], title: str) -> Callable:
+    """Log-log lines of (pixels, values) with a dashed line of slope 1 from each first point."""
+
+    def draw(axes):
+        for name, (pixels, values) in series.items():
+            (line,) = axes.plot(pixels, values, 'o-', label=name)
+            linear = np.asarray(pixels, dtype=float) / pixels[0] * values[0]
+            axes.plot(pixels, linear, '--', color=line.get_color(), linewidth=0.8)
+        axes.set_xscale('log')
+        axes.set_yscale('log')
+        axes.set_xlabel('pixels (dashed: linear)')
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3, which='both')
+        axes.legend()
+
+    return draw

@@ -1,0 +1,177 @@
+"""The sides of a comparison: our FastViT and timm's with the same weights, and how they are run."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import timm
+import torch
+import torch.nn as nn
+from timm.utils import reparameterize_model
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import fastvit_mm
+from fastvit_mm import FastViT, FastViTError
+
+from . import measure
+
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+@torch.no_grad()
+def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random statistics and scales: with fresh ones a wrong merge would give the same outputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+
+    for name, parameter in model.named_parameters():
+        if name.endswith('gamma'):
+            uniform(parameter, -0.2, 0.2)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for scale in (module.weight, module.running_var):
+                uniform(scale, 0.5, 1.5)
+            for shift in (module.bias, module.running_mean):
+                uniform(shift, -0.3, 0.3)
+    return model
+
+
+def backbones(arch: str, **args) -> tuple[nn.Module, nn.Module]:
+    """Ours and timm's backbone up to the last stage, the same weights, training form.
+
+    ``args`` go to ours.
+    """
+    torch.manual_seed(0)
+    ours = unsettle(FastViT(arch, out_indices=(3,), **args))
+    theirs = timm.create_model(f'fastvit_{arch}')
+    # What timm's classifier has behind the stages stays as it is and is not run.
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    return ours, nn.Sequential(theirs.stem, theirs.stages)
+
+
+def deployed(arch: str) -> dict[str, nn.Module]:
+    """Both in their deploy form, in eval mode."""
+    ours, theirs = backbones(arch)
+    return dict(
+        ours=fastvit_mm.reparameterize(ours), timm=reparameterize_model(theirs.eval()).eval()
+    )
+
+
+def shapes(sizes: list[int], batches: list[int]) -> list[tuple[int, int]]:
+    """Pairs of size and batch; a single one of either goes with all of the other."""
+    if 1 in (len(sizes), len(batches)):
+        return list(itertools.product(sizes, batches))
+    if len(sizes) != len(batches):
+        raise FastViTError(
+            f'--sizes and --batch pair up: give as many of both, or one of either; '
+            f'got {len(sizes)} and {len(batches)}'
+        )
+    return list(zip(sizes, batches, strict=True))
+
+
+def images(size: int | tuple[int, int], batch: int, seed: int = 0) -> Tensor:
+    """(batch, 3, H, W), as normalized images are."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def eager(model: nn.Module, inputs: Tensor) -> Callable:
+    return lambda: model(inputs)
+
+
+def compiled(model: nn.Module, inputs: Tensor) -> Callable:
+    torch._dynamo.reset()
+    fast = torch.compile(model)
+    return lambda: fast(inputs)
+
+
+def cuda_graph(model: nn.Module, inputs: Tensor) -> Callable:
+    """Replays the captured kernels; the outputs are overwritten by every call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = model(inputs)
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+MODES = dict(eager=eager, compile=compiled, graph=cuda_graph)
+
+
+def calls(
+    model: nn.Module, inputs: Tensor, device: str = 'cpu', dtype: str = 'fp32', mode: str = 'eager'
+) -> dict[str, Callable]:
+    """A call for each memory layout of weights and images."""
+    made = {}
+    for name, layout in LAYOUTS.items():
+        placed = copy.deepcopy(model).to(device, DTYPES[dtype]).to(memory_format=layout)
+        made[name] = MODES[mode](
+            placed, inputs.to(device, DTYPES[dtype]).contiguous(memory_format=layout)
+        )
+    return made
+
+
+@dataclass
+class Outcome:
+    """Two sides held against each other, each in its faster layout.
+
+    Attributes:
+        row: columns of a report: times of all calls, the ratio or why there is none, memory.
+        ratio: how many times faster the first side is, or why none may be shown.
+        seconds: median of the first side.
+    """
+
+    row: dict
+    ratio: measure.Spread | str
+    seconds: float
+
+
+def contest(
+    sides: dict[str, dict[str, Callable]],
+    seconds: float,
+    device: str,
+    dtype: str = 'fp32',
+    memory: dict[str, dict[str, Callable]] | None = None,
+    outputs: Callable | None = None,
+) -> Outcome:
+    """Hold the first side against the second.
+
+    Args:
+        sides: name of a side, then of a layout, to a call that gives the outputs.
+        dtype: the less exact one of both.
+        memory: calls whose memory is measured, if it is not that of ``sides``.
+        outputs: gives what has to agree, the reference last, if it is not what the calls give.
+    """
+    calls = {f'{side}, {layout}': c for side, own in sides.items() for layout, c in own.items()}
+    first, second = sides
+    *others, reference = outputs() if outputs else [call() for call in calls.values()]
+    refusals = [measure.agree(other, reference, DTYPES[dtype]) for other in others]
+    times = measure.interleave(calls, seconds)
+    best = {s: measure.fastest(times, *(f'{s}, {layout}' for layout in sides[s])) for s in sides}
+    ratio = next(filter(None, refusals), None)
+    ratio = ratio or measure.ratio(times[best[second]], times[best[first]])
+    row = {f'{name}, ms': measure.milliseconds(own) for name, own in times.items()}
+    if len(times) > len(sides):
+        row['faster layouts'] = ' / '.join(best[s].removeprefix(f'{s}, ') for s in sides)
+    row['ratio'] = ratio
+    row['turns'] = len(times[best[first]])
+    for side, own in (memory or sides).items():
+        call = own[best[side].removeprefix(f'{side}, ')]
+        call()  # what only the first call allocates is kept, not needed again
+        row[f'{side}, peak MB'] = measure.megabytes(measure.peak_memory(call, device))
+    return Outcome(row, ratio, median(times[best[first]]))

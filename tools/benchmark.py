@@ -1,0 +1,66 @@
+"""Measure fastvit_mm beside timm and other networks; docs/benchmarks.md has the results.
+
+python tools/benchmark.py deploy|whole|train|export|compare|growth|loading [--json F] [--plot F] ...
+"""
+
+import argparse
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from fastvit_mm import launch
+from fastvit_mm.errors import FastViTError
+
+# benchmarks/ belongs to the checkout and is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import measure
+from benchmarks.report import Report
+
+COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading')
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name in COMMANDS:
+        module = import_module(f'benchmarks.{name}')
+        own = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        own.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')
+        own.add_argument('--threads', type=int, default=2, help='of PyTorch and ONNX Runtime (2)')
+        own.add_argument(
+            '--seconds', type=float, default=10, help='for the turns of one row of the table (10)'
+        )
+        own.add_argument('--json', metavar='FILE', help='write the figures here')
+        own.add_argument('--plot', metavar='FILE', help='draw the picture here')
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        raise FastViTError('--device cuda needs a GPU and none was found: leave it out')
+    torch.set_num_threads(args.threads)
+    command = shlex.join(['python', 'tools/benchmark.py', *(argv or sys.argv[1:])])
+    report = Report(
+        command,
+        measure.machine(args.device, args.threads),
+        measure.limits(args.device, args.threads, seconds=min(1.0, args.seconds)),
+    )
+    args.run(args, report)
+    print(report)
+    if args.json:
+        report.save(args.json)
+    if refusals := report.refusals():
+        raise FastViTError('; '.join(refusals))
+    if args.plot:
+        report.plot(args.plot)
+
+
+if __name__ == '__main__':
+    launch.run(main)
