@@ -1,6 +1,7 @@
 """Predictions as pictures to look at, whatever the task; the packages' own visualizers draw."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import cv2
@@ -91,20 +92,25 @@ def instances(
     visualizer.dataset_meta = dict(
         classes=[class_name(meta, label) for label in range(max(labels) + 1)], palette=palette
     )
-    if 'masks' in found:
-        masks = [
-            enlarged(mask.astype(np.float32), factor, cv2.INTER_LINEAR) >= 0.5
-            for mask in found.masks
-        ]
-        visualizer.set_image(image)
-        visualizer.draw_binary_masks(np.stack(masks), [palette[label] for label in labels], 0.45)
-        outlines = [line for mask in masks for line in bitmap_to_polygon(mask)[0]]
-        if outlines:
-            visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1, alpha=0.8)
-        image = visualizer.get_image()
-    boxes = dict(bboxes=found.bboxes * factor, labels=found.labels, scores=found.scores)
-    sample = DetDataSample(pred_instances=InstanceData(**boxes))
-    visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=-1)
+    with warnings.catch_warnings():
+        # It warns of every box and label that touches the border.
+        warnings.simplefilter('ignore', UserWarning)
+        if 'masks' in found:
+            masks = [
+                enlarged(mask.astype(np.float32), factor, cv2.INTER_LINEAR) >= 0.5
+                for mask in found.masks
+            ]
+            visualizer.set_image(image)
+            visualizer.draw_binary_masks(
+                np.stack(masks), [palette[label] for label in labels], 0.45
+            )
+            outlines = [line for mask in masks for line in bitmap_to_polygon(mask)[0]]
+            if outlines:
+                visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1, alpha=0.8)
+            image = visualizer.get_image()
+        boxes = dict(bboxes=found.bboxes * factor, labels=found.labels, scores=found.scores)
+        sample = DetDataSample(pred_instances=InstanceData(**boxes))
+        visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=-1)
     return visualizer.get_image()
 
 
