@@ -43,7 +43,7 @@ def read(path: Path) -> Iterator[dict]:
     """The lines of a log; one that a killed run left half written is reported and skipped."""
     bad = 0
     with path.open(encoding='utf-8', errors='replace') as lines:
-        for line in lines:
+        for line in filter(str.strip, lines):
             try:
                 yield dict(json.loads(line))
             except (ValueError, TypeError):

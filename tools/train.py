@@ -21,10 +21,10 @@ def check_tensorboard() -> None:
 
 def log_to_tensorboard(cfg: Config) -> None:
     """Let the visualizer write TensorBoard's event files too."""
-    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))
-    backends = visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
+    cfg.setdefault('visualizer', dict(type='Visualizer'))
+    backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
     if all(one['type'] != 'TensorboardVisBackend' for one in backends):
-        visualizer.vis_backends = [*backends, dict(type='TensorboardVisBackend')]
+        cfg.visualizer.vis_backends = [*backends, dict(type='TensorboardVisBackend')]
 
 
 def main(argv: list[str] | None = None) -> None:
