@@ -105,10 +105,14 @@ def test_folder(tool, cases, task, tmp_path):
     whole = write(folder / 'broken.jpg', 3).read_bytes()
     (folder / 'broken.jpg').write_bytes(whole[: len(whole) // 2])
     (folder / 'notes.txt').write_text('not an image')
+    narrow = task == SEGMENTATION  # nothing is left of it where the longer side is limited
+    if narrow:
+        write(folder / 'narrow.png', width=2, height=3000)
 
     code, err = tool('infer', *case.command, folder, '--out', out, '--json')
     assert code == 1
-    assert err.count('broken.jpg') == 1 and 'cannot be read' in err
+    assert err.count('broken.jpg: cannot be read') == 1
+    assert err.count('narrow.png: 2 x 3000 pixels are too narrow') == narrow
     assert 'notes' not in err and 'images/s' in err
     written = {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()}
     assert written == {'a/x.jpg', 'b.jpg', 'photos.predictions.json', 'photos.images.json'}

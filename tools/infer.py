@@ -90,7 +90,7 @@ class Stills:
         self.paths = sorted(filter(is_image, root.rglob('*'))) if root.is_dir() else [root]
         if not self.paths:
             raise FastViTError(f'no images that OpenCV reads in {root}')
-        self.name = 'stdin' if self.stdin else root.resolve().stem
+        self.name = 'stdin' if self.stdin else root.resolve().name if root.is_dir() else root.stem
         self.stems = Counter(path.with_suffix('') for path in self.paths)
 
     def __len__(self):
@@ -165,6 +165,16 @@ def open_input(source: str, out: Path) -> Stills | Video:
     return Stills(source, out) if path.is_dir() or is_image(path) else Video(source, out)
 
 
+def predict(model: torch.nn.Module, image: np.ndarray | None):
+    if image is None:
+        raise FastViTError('cannot be read')
+    try:
+        return fastvit_mm.inference(model, image)
+    except cv2.error as error:  # the config's resizing leaves nothing of it
+        height, width = image.shape[:2]
+        raise FastViTError(f'{width} x {height} pixels are too narrow') from error
+
+
 def above(result, threshold: float):
     """A prediction without the boxes that score less than ``threshold``."""
     if not isinstance(result, dict) and 'pred_instances' in result:
@@ -234,18 +244,16 @@ def look(model: torch.nn.Module, source: Stills | Video, out: Path, threshold: f
         try:
             for index, (known, image) in enumerate(source, 1):
                 try:
-                    if image is None:
-                        raise FastViTError('cannot be read, skipped')
-                    result = above(fastvit_mm.inference(model, image), threshold)
+                    result = above(predict(model, image), threshold)
                 except FastViTError as error:
                     skipped += 1
                     where = f', frame {known["frame_index"]}' if 'frame_index' in known else ''
-                    bar.console.print(f'{known["file_name"]}{where}: {error}')
-                    continue
-                source.write(known, pictures.draw(image, result, meta, source.same_size))
-                height, width = image.shape[:2]
-                images.append(dict(id=index, **known, height=height, width=width))
-                found += results(result, meta, index)
+                    bar.console.print(f'{known["file_name"]}{where}: {error}, skipped')
+                else:
+                    source.write(known, pictures.draw(image, result, meta, source.same_size))
+                    height, width = image.shape[:2]
+                    images.append(dict(id=index, **known, height=height, width=width))
+                    found += results(result, meta, index)
                 rate = f'{index / (time.perf_counter() - begin):.1f} images/s'
                 bar.update(task, completed=index, rate=rate)
         finally:
