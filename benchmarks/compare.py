@@ -1,4 +1,4 @@
-"""compare: FastViT beside the networks the paper compares with; figure 1 and the headline ratios."""
+"""compare: FastViT beside the networks the paper compares with, as in its figure 1."""
 
 import statistics
 

@@ -31,9 +31,7 @@ def to_onnx(model: nn.Module, inputs: Tensor) -> bytes:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         path = Path(folder, 'model.onnx')
-        torch.onnx.export(
-            model, (inputs,), path, dynamo=True, external_data=False, verbose=False
-        )
+        torch.onnx.export(model, (inputs,), path, dynamo=True, external_data=False, verbose=False)
         return path.read_bytes()
 
 

@@ -23,9 +23,7 @@ DETECTION_SIZE = (800, 1333)
 
 def add_arguments(parser) -> None:
     parser.add_argument('--archs', nargs='+', default=['t8', 'sa12', 'sa36'], choices=ARCHS)
-    parser.add_argument(
-        '--sizes', nargs='+', type=int, default=[256, 384, 512, 768, 1024, 1536]
-    )
+    parser.add_argument('--sizes', nargs='+', type=int, default=[256, 384, 512, 768, 1024, 1536])
     parser.add_argument('--batch', type=int, default=1)
 
 

@@ -3,26 +3,26 @@
 Both read the same generated JPEG files and end with normalized float batches in memory.
 """
 
-import contextlib
-import io
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from PIL import Image
-from timm.data import create_dataset, create_loader
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_dataset, create_loader
 
-import fastvit_mm  # noqa: F401
-from fastvit_mm.errors import FastViTError
+from fastvit_mm import FastViTError
 
 from . import measure
-from .report import Report, bars
+from .report import Report
 
 HELP = "images per second of the classification pipeline against timm's loader"
 CONFIG = 'configs/classification/fastvit_t8_in1k.py'
@@ -52,40 +52,63 @@ def draw_images(folder: Path, count: int) -> float:
     return sum(f.stat().st_size for f in files) / len(files) / 1e3
 
 
-def our_loader(cfg: Config, folder: Path, workers: int, batch: int) -> Callable[[], Iterator]:
-    """The config's own loader and preprocessor; each call gives the batches of one epoch."""
-    from mmpretrain.registry import MODELS
+@dataclass
+class Side:
+    """A loader; calling it gives the batches of one epoch, (batch, 3, H, W) normalized.
 
+    Attributes:
+        transforms: what its data set does to an image, in order.
+    """
+
+    epoch: Callable[[], Iterator]
+    transforms: list[Callable]
+
+    def __call__(self) -> int:
+        """Load one epoch; the number of images."""
+        return sum(len(batch) for batch in self.epoch())
+
+
+def ours(cfg: Config, folder: Path, workers: int, batch: int) -> Side:
+    """The config's own loader and preprocessor."""
     loader = dict(cfg.train_dataloader, num_workers=workers, batch_size=batch, pin_memory=False)
     loader['persistent_workers'] = workers > 0
-    loader['dataset'] = dict(loader['dataset'], data_root=str(folder))
+    # ImageNet's own class wants a thousand folders.
+    dataset = dict(type='CustomDataset', data_root=str(folder), data_prefix='train')
+    loader['dataset'] = dict(dataset, pipeline=cfg.train_pipeline)
     built = Runner.build_dataloader(loader, seed=0)
-    preprocess = MODELS.build(dict(cfg.data_preprocessor, type='ClsDataPreprocessor'))
+    preprocess = MODELS.build(cfg.data_preprocessor)
 
     def epoch():
         for samples in built:
             yield preprocess(samples, training=True)['inputs']
 
-    return epoch
+    return Side(epoch, built.dataset.pipeline.transforms)
 
 
-def timm_loader(cfg: Config, folder: Path, workers: int, batch: int, prefetch: bool) -> Callable:
-    """timm's loader with the recipe's settings (its command line's defaults where we say none)."""
-    size = cfg.test_pipeline[2].crop_size
-    mean, std = (cfg.data_preprocessor[key] for key in ('mean', 'std'))
+def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """timm's, which asks for 0 bits at times: black, until Pillow 13 made that an error."""
+    bits = min(bits, 8)
+    return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
+
+
+def timms(cfg: Config, folder: Path, workers: int, batch: int, prefetcher: bool) -> Side:
+    """timm's loader with the recipe's settings."""
+    auto_augment.NAME_TO_OP['PosterizeIncreasing'] = posterize
+    size = cfg.train_pipeline[1].scale
+    mean, std = (tuple(v / 255 for v in cfg.data_preprocessor[key]) for key in ('mean', 'std'))
     loader = create_loader(
         create_dataset('', str(folder), split='train'),
         input_size=(3, size, size),
         batch_size=batch,
         is_training=True,
-        use_prefetcher=prefetch,
+        use_prefetcher=prefetcher,
         re_prob=0.25,
         re_mode='pixel',
         color_jitter=0.4,
         auto_augment='rand-m9-mstd0.5-inc1',
         interpolation='bicubic',
-        mean=tuple(m / 255 for m in mean),
-        std=tuple(s / 255 for s in std),
+        mean=mean,
+        std=std,
         num_workers=workers,
         persistent_workers=workers > 0,
         device=torch.device('cpu'),
@@ -95,35 +118,76 @@ def timm_loader(cfg: Config, folder: Path, workers: int, batch: int, prefetch: b
         for images, _ in loader:
             yield images
 
-    return epoch
+    return Side(epoch, loader.dataset.transform.transforms)
 
 
-def consume(epoch: Callable[[], Iterator]) -> int:
-    """Images in one epoch, all of them loaded."""
-    return sum(len(batch) for batch in epoch())
+class Clocked:
+    """Adds the seconds that ``transform`` takes to ``spent``."""
+
+    def __init__(self, transform: Callable, spent: dict[str, float]):
+        self.transform, self.spent = transform, spent
+
+    def __call__(self, item):
+        start = time.perf_counter()
+        item = self.transform(item)
+        self.spent[type(self.transform).__name__] += time.perf_counter() - start
+        return item
 
 
-@contextlib.contextmanager
-def watched(parts: dict[str, tuple]) -> Iterator[dict[str, float]]:
-    """Seconds spent in each of ``parts``: name to (object, name of its method)."""
+def profile(side: Side) -> dict[str, float]:
+    """Milliseconds an image of each transform, and of all the rest: batching, and for timm reading.
+
+    The transforms must run in this process: a loader without workers.
+    """
+    before = list(side.transforms)
     spent = defaultdict(float)
-    originals = {}
-
-    def wrap(name, function):
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - start
-
-        return timed
-
-    for name, (owner, method) in parts.items():
-        originals[name] = getattr(owner, method)
-        setattr(owner, method, wrap(name, originals[name]))
+    side.transforms[:] = [Clocked(t, spent) for t in before]
     try:
-        yield spent
+        start = time.perf_counter()
+        count = side()
+        total = time.perf_counter() - start
     finally:
-        for name, (owner, method) in parts.items():
-            setattr(owner, method, originals[name])
+        side.transforms[:] = before
+    spent['all the rest'] = total - sum(spent.values())
+    return {name: 1e3 * seconds / count for name, seconds in spent.items()}
+
+
+def run(args, report: Report) -> None:
+    if args.images < args.batch:
+        raise FastViTError(
+            f'--images {args.images} is less than a batch: give at least {args.batch}'
+        )
+    cfg = Config.fromfile(CONFIG)
+    init_default_scope(cfg.default_scope)
+    cv2.setNumThreads(cfg.env_cfg.mp_cfg.opencv_num_threads)
+    title = "images a second: ours / timm's"
+    ratios = {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        size = draw_images(folder, args.images)
+        report.summary['Files'] = f'{args.images} of {IMAGE[1]} x {IMAGE[0]}, {size:.0f} KB each'
+        for workers in args.workers:
+            torch.set_num_threads(args.threads if workers else 1)  # a worker has one
+            made = {
+                'ours': ours(cfg, folder, workers, args.batch),
+                'timm': timms(cfg, folder, workers, args.batch, prefetcher=False),
+                'timm, prefetcher': timms(cfg, folder, workers, args.batch, prefetcher=True),
+            }
+            shapes = {name: tuple(next(side.epoch()).shape) for name, side in made.items()}
+            if len(set(shapes.values())) > 1:
+                raise FastViTError(f'no ratio: the batches differ in shape: {shapes}')
+            times = measure.interleave(made, args.seconds, warmup=1)
+            best = measure.fastest(times, 'timm', 'timm, prefetcher')
+            count = args.images // args.batch * args.batch  # both drop the rest
+            row = {'workers': workers}
+            for name, own in times.items():
+                row[f'{name}, images/s'] = measure.Spread.of(count / np.asarray(own))
+            ratio = measure.ratio(times[best], times['ours'])
+            report.add(title, {**row, 'ratio': ratio, 'turns': len(times['ours'])})
+            ratios[f'{workers} workers'] = ratio
+            if workers == 0:
+                for name in ('ours', 'timm'):
+                    for part, cost in profile(made[name]).items():
+                        row = {'pipeline': name, 'part': part, 'ms an image': cost}
+                        report.add('Where the time goes, one process', row)
+    report.conclude(title, ratios)

@@ -280,9 +280,7 @@ def onnxruntime_session(model: bytes, threads: int, spin: bool = True, arena: bo
     try:
         import onnxruntime
     except ImportError as error:
-        raise FastViTError(
-            'onnxruntime is not installed: pip install fastvit_mm[onnx]'
-        ) from error
+        raise FastViTError('onnxruntime is not installed: pip install fastvit_mm[onnx]') from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -81,7 +81,7 @@ class Report:
         return {'GFLOP/s': achieved, '% of the best GEMM': share}
 
     def conclude(self, title: str, ratios: dict[str, Spread | str]) -> None:
-        """The geometric mean of ``ratios``, if each of them could be measured, and their picture."""
+        """The geometric mean of ``ratios``, if all could be measured, and their picture."""
         if all(isinstance(r, Spread) for r in ratios.values()):
             mean = geometric_mean([r.median for r in ratios.values()])
             self.summary[f'{title}, geometric mean of {len(ratios)}'] = mean

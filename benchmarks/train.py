@@ -39,7 +39,10 @@ def step(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def contestants(arch: str, checkpointing: bool) -> dict[str, nn.Module]:
     if checkpointing:
-        return {'with_cp': sides.backbones(arch, with_cp=True)[0], 'plain': sides.backbones(arch)[0]}
+        return {
+            'with_cp': sides.backbones(arch, with_cp=True)[0],
+            'plain': sides.backbones(arch)[0],
+        }
     return dict(zip(('ours', 'timm'), sides.backbones(arch), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""whole: complete models at the resolution they are tested at, deploy form against training form."""
+"""whole: complete models at test resolution, deploy form against training form."""
 
 from collections.abc import Callable
 from pathlib import Path
