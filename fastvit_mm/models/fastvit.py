@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_mm.errors import FastViTError
 
+from .fused_training import convolve, feed_forward, fits
 from .rep_conv import ConvBN, LayerScale, MobileOneBlock, RepConv, bn_affine, build_bn, exact
 
 #: Table 2 of the paper. ``attention`` marks the stages that mix tokens by self-attention.
@@ -98,9 +99,7 @@ class RepMixer(RepConv):
         gamma = self.layer_scale.gamma
         return (1.0, None), (gamma, self.mixer), (-gamma, self.norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.reparam_conv is not None:
-            return self.reparam_conv(x)
+    def sum_branches(self, x: Tensor) -> Tensor:
         return x + self.layer_scale(self.mixer(x) - self.norm(x))
 
 
@@ -129,6 +128,9 @@ class PositionalEncoding(RepConv):
     def branches(self):
         return (1.0, None), (1.0, self.pos_enc)
 
+    def sum_branches(self, x: Tensor) -> Tensor:
+        return x + (convolve(self.pos_enc, x) if self.fused and self.training else self.pos_enc(x))
+
 
 class Downsample(nn.Module):
     """Between stages: large-kernel convolution, then a pointwise MobileOne block."""
@@ -149,15 +151,24 @@ class Downsample(nn.Module):
 class ConvFFN(nn.Module):
     """Depthwise 7x7 + BN, then two pointwise convolutions, (B, C, H, W) (section 3.2.3)."""
 
+    fused = True
+
     def __init__(self, dim, hidden, *, norm_cfg, act_cfg, deploy=False):
         super().__init__()
         self.conv = ConvBN(dim, dim, 7, groups=dim, norm_cfg=norm_cfg, deploy=deploy)
         self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.act = build_activation_layer(act_cfg)
+        self.exact_gelu = type(self.act) is nn.GELU and self.act.approximate == 'none'
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(self.conv(x))))
+    def forward(self, x: Tensor, layer_scale: nn.Module) -> Tensor:
+        conv = self.conv
+        fused = self.fused and self.training and conv.reparam_conv is None
+        if fused and self.exact_gelu and fits(x, [conv.bn]):
+            fc2, gamma = self.fc2, layer_scale.gamma
+            weight, bias = fc2.weight * gamma[..., None], fc2.bias * gamma.flatten()
+            return feed_forward(conv.convolve(x), conv.bn, self.fc1, weight, bias)
+        return layer_scale(self.fc2(self.act(self.fc1(conv(x)))))
 
 
 class Attention(nn.Module):
@@ -215,7 +226,7 @@ class RepMixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.token_mixer(x)
-        return x + self.drop_path(self.layer_scale(self.mlp(x)))
+        return x + self.drop_path(self.mlp(x, self.layer_scale))
 
     def switch_to_deploy(self) -> None:
         if isinstance(self.layer_scale, LayerScale):
@@ -237,7 +248,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm(x))))
-        return x + self.drop_path(self.layer_scale_2(self.mlp(x)))
+        return x + self.drop_path(self.mlp(x, self.layer_scale_2))
 
     def switch_to_deploy(self) -> None:
         if isinstance(self.norm, _BatchNorm):
@@ -319,6 +330,8 @@ class FastViT(BaseModule):
         norm_eval: keep every BatchNorm in eval mode during training.
         with_cp: recompute the blocks in the backward pass, to save memory.
         deploy: build the deploy form (see :meth:`switch_to_deploy`).
+        fused_training: train on the CPU with fewer passes over the activations, in less time and
+            memory; the same numbers but for rounding.
         norm_cfg: BN or SyncBN.
         act_cfg: activation everywhere.
         init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint=...)`` reads the authors',
@@ -340,6 +353,7 @@ class FastViT(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         deploy: bool = False,
+        fused_training: bool = True,
         norm_cfg: dict = dict(type='BN'),
         act_cfg: dict = dict(type='GELU'),
         init_cfg: dict | list | None = None,
@@ -390,6 +404,9 @@ class FastViT(BaseModule):
             for i in out_indices:
                 self.add_module(f'norm{i}', build_bn(norm_cfg, widths[i]))
 
+        for module in self.modules():
+            if hasattr(module, 'fused'):
+                module.fused = fused_training
         self.reset_parameters()
         self.freeze()
 

@@ -16,6 +16,8 @@ from torchvision.ops import SqueezeExcitation
 
 from fastvit_mm.errors import FastViTError
 
+from .fused_training import Term, computed_in, convolve, fits, normalized_sum, patch_sum
+
 
 def exact(tensor: Tensor) -> Tensor:
     """Detach to float64 on the CPU, where merging loses nothing (some devices lack float64)."""
@@ -63,7 +65,11 @@ class RepConv(nn.Module):
         in_channels, out_channels, kernel_size, stride, groups: those of the merged convolution,
             padded so that stride 1 keeps the size.
         deploy: build the deploy form.
+
+    ``fused`` trains with fewer passes where :mod:`.fused_training` knows how, same numbers.
     """
+
+    fused = True
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, deploy=False):
         super().__init__()
@@ -81,9 +87,53 @@ class RepConv(nn.Module):
         """(factor, module) of each branch; a module of None is the identity."""
         raise NotImplementedError
 
+    def leaves(self) -> Iterable[tuple[float | Tensor, nn.Module | None]]:
+        """As :meth:`branches`, with a branch that has branches itself taken apart."""
+        for factor, branch in self.branches():
+            if isinstance(branch, RepConv) and not isinstance(branch, ConvBN):
+                for inner, leaf in branch.leaves():
+                    yield inner * factor, leaf
+            else:
+                yield factor, branch
+
     def forward(self, x: Tensor) -> Tensor:
         if self.reparam_conv is not None:
             return self.reparam_conv(x)
+        if self.fused and self.training:
+            leaves = list(self.leaves())
+            if fits(x, [getattr(leaf, 'bn', leaf) for _, leaf in leaves if leaf is not None]):
+                return self.sum_fused(x, leaves)
+        return self.sum_branches(x)
+
+    def sum_fused(self, x: Tensor, leaves: list) -> Tensor:
+        """The sum of ``leaves``, of which those that see the same x share its statistics."""
+        geometry = self.geometry
+        size, stride, groups = (geometry[k] for k in ('kernel_size', 'stride', 'groups'))
+        channels, out = geometry['in_channels'], geometry['out_channels']
+        if groups == 1 < size and size**2 * channels <= out:
+            return patch_sum(x, [(leaf.conv.weight, leaf.bn) for _, leaf in leaves], size, stride)
+
+        terms, skip, dtype = [], False, computed_in(x)
+        center = x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
+        if channels == groups < out:
+            center = center.repeat_interleave(out // channels, dim=1)
+        for factor, leaf in leaves:
+            if isinstance(factor, Tensor):
+                factor, dtype = factor.flatten(), torch.promote_types(dtype, factor.dtype)
+            else:
+                factor = None
+            if leaf is None:
+                skip = True
+            elif isinstance(leaf, _BatchNorm):
+                dtype = torch.promote_types(dtype, x.dtype)
+                terms.append(Term(x, leaf, factor=factor))
+            elif leaf.is_scale:
+                terms.append(Term(center, leaf.bn, leaf.conv.weight.flatten(), factor))
+            else:
+                terms.append(Term(leaf.convolve(x), leaf.bn, factor=factor))
+        return normalized_sum(terms, skip, dtype)
+
+    def sum_branches(self, x: Tensor) -> Tensor:
         out = None
         for factor, branch in self.branches():
             y = x if branch is None else branch(x)
@@ -151,8 +201,13 @@ class ConvBN(RepConv):
             self.conv = nn.Conv2d(**self.geometry, bias=False)
             self.bn = build_bn(norm_cfg, out_channels)
 
+        self.is_scale = kernel_size == 1 and groups == in_channels
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return convolve(self.conv, x) if self.fused and self.training else self.conv(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)) if self.reparam_conv is None else self.reparam_conv(x)
+        return self.bn(self.convolve(x)) if self.reparam_conv is None else self.reparam_conv(x)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         if self.reparam_conv is not None:
