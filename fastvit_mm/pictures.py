@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from mmengine.structures import InstanceData
 
 SMALL = 512  # pixels: what is smaller, as a square of the same area, is enlarged to this
+LONG = 4000  # pixels: what is as long as this is not, however narrow
 DPI = 130  # of a small picture; larger ones have larger text
 LARGE = 800  # pixels, likewise: from here on the text grows with the picture
 TOP = 5  # classes of a classification
@@ -35,7 +36,7 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
     """
     height, width = image.shape[:2]
     side = math.sqrt(height * width)
-    factor = math.ceil(SMALL / side) if side < SMALL else 1
+    factor = math.ceil(SMALL / side) if side < SMALL and max(height, width) < LONG else 1
     dpi = DPI * max(1, side * factor / LARGE)
     rgb = enlarged(np.ascontiguousarray(image[..., ::-1]), factor, cv2.INTER_CUBIC)
     if isinstance(result, dict):
@@ -88,7 +89,7 @@ def instances(
     labels = found.labels.tolist()
     palette = colours(meta, max(labels) + 1)
     with matplotlib.rc_context({'figure.dpi': dpi}):
-        visualizer = DetLocalVisualizer(line_width=1.5, text_color=(255, 255, 255))
+        visualizer = DetLocalVisualizer(line_width=2, text_color=(255, 255, 255))
     visualizer.dataset_meta = dict(
         classes=[class_name(meta, label) for label in range(max(labels) + 1)], palette=palette
     )

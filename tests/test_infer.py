@@ -225,6 +225,15 @@ def test_names_and_orientation(tool, cases, tmp_path):
     agree(case, SEGMENTATION, [r for r in found if r['image_id'] == known['id']], upright)
 
 
+def test_a_picture_larger_than_jpeg(tool, cases, tmp_path):
+    write(tmp_path / 'in' / 'long.png', width=65536, height=2)
+    write(tmp_path / 'in' / 'one.png')
+    case, out = cases(CLASSIFICATION), tmp_path / 'out'
+    code, err = tool('infer', *case.command, tmp_path / 'in', '--out', out)
+    assert code == 1 and 'long.png: its picture would be larger' in err
+    assert [path.name for path in out.glob('*')] == ['one.jpg']
+
+
 def test_an_interrupted_run_keeps_what_is_done(tool, cases, tmp_path, monkeypatch):
     case, folder, out = cases(CLASSIFICATION), tmp_path / 'in', tmp_path / 'out'
     for seed in range(3):

@@ -3,7 +3,8 @@ python tools/infer.py CONFIG CHECKPOINT_OR_EXPORTED IMAGE|FOLDER|VIDEO|- --out D
 
 A folder is searched with its subfolders, in sorted order, for every image that OpenCV reads; the
 pictures keep the names and places: FOLDER/a/b.png becomes D/a/b.jpg. A video VIDEO.avi becomes
-D/VIDEO.mp4 of the same size and rate. `-` is one encoded image on standard input.
+D/VIDEO.mp4 of the same size (of odd ones, a pixel less) and rate. `-` is one encoded image on
+standard input.
 
 Images are turned upright as their EXIF data say, in pictures and JSON alike. An image that cannot
 be read is reported and skipped; the exit code is then 1.
@@ -41,6 +42,7 @@ from fastvit_mm import launch, pictures
 from fastvit_mm.errors import FastViTError
 
 EXPORTED = ('.onnx', '.pt2', '.xml')
+JPEG_SIDE = 65500  # pixels: libjpeg's limit
 Images = Iterator[tuple[dict, np.ndarray | None]]  # what is known of it, BGR; None: unreadable
 
 
@@ -108,6 +110,8 @@ class Stills:
     def write(self, known: dict, picture: np.ndarray) -> None:
         path = Path(known['file_name'])
         twins = self.stems[self.root / path.with_suffix('')] > 1  # a.png beside a.jpg
+        if max(picture.shape) > JPEG_SIDE:
+            raise FastViTError('its picture would be larger than JPEG admits')
         mmcv.imwrite(picture, str(self.out / f'{path if twins else path.with_suffix("")}.jpg'))
 
     def close(self) -> None: ...
@@ -143,7 +147,7 @@ class Video:
             code, size = cv2.VideoWriter_fourcc(*'mp4v'), picture.shape[1::-1]
             self.writer = cv2.VideoWriter(str(self.path), code, rate if rate > 0 else 25, size)
             if not self.writer.isOpened():
-                raise FastViTError(f'cannot write a video to {self.path}')
+                raise OSError(f'no video can be made as {self.path.name}')
         self.writer.write(picture)
 
     def close(self) -> None:
@@ -245,12 +249,12 @@ def look(model: torch.nn.Module, source: Stills | Video, out: Path, threshold: f
             for index, (known, image) in enumerate(source, 1):
                 try:
                     result = above(predict(model, image), threshold)
+                    source.write(known, pictures.draw(image, result, meta, source.same_size))
                 except FastViTError as error:
                     skipped += 1
                     where = f', frame {known["frame_index"]}' if 'frame_index' in known else ''
                     bar.console.print(f'{known["file_name"]}{where}: {error}, skipped')
                 else:
-                    source.write(known, pictures.draw(image, result, meta, source.same_size))
                     height, width = image.shape[:2]
                     images.append(dict(id=index, **known, height=height, width=width))
                     found += results(result, meta, index)
