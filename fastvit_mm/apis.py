@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from . import weights
 from .errors import FastViTError
+from .export import SUFFIXES, attach
 from .reparameterize import reparameterize
 
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
@@ -27,8 +28,9 @@ def init_model(
 
     Args:
         config: a file or a Config.
-        checkpoint: file, address or short name of weights of any layout, loaded strictly; None
-            leaves the model as initialized.
+        checkpoint: file, address or short name of weights of any layout, loaded strictly; or an
+            exported file (.onnx, .pt2, .xml), which then answers; None leaves the model as
+            initialized.
         reparam: give the deploy form.
         cfg_options: settings to change, as ``{'model.backbone.arch': 't8'}``.
 
@@ -60,13 +62,18 @@ def init_model(
     else:
         raise FastViTError(f'default_scope {scope!r} is none of mmpretrain, mmdet, mmseg')
     meta = dataset_meta(config, scope)
-    if checkpoint is not None:
+    exported = checkpoint is not None and Path(checkpoint).suffix in SUFFIXES
+    if exported and reparam:
+        raise FastViTError(f'{checkpoint} has merged branches already: leave out reparam')
+    if checkpoint is not None and not exported:
         read = weights.load(model, checkpoint, whole=True)
         meta = read['meta'].get('dataset_meta') or meta
     if meta:
         model.dataset_meta = model._dataset_meta = meta
     model.cfg = config
     model.eval()
+    if exported:
+        return attach(model, checkpoint)
     return reparameterize(model) if reparam else model
 
 

@@ -13,6 +13,7 @@ from mmengine.runner import Runner as BaseRunner
 from . import weights
 from .demo import apply_demo
 from .errors import FastViTError
+from .export import SUFFIXES, attach
 from .reparameterize import unwrap
 
 
@@ -132,16 +133,24 @@ TRAIN_ONLY = (
 
 
 def test_runner(cfg: Config, checkpoint: str) -> Runner:
-    """A runner that can only test: no training set, optimizer or averaging, nothing downloaded."""
+    """A runner that can only test: no training set, optimizer or averaging, nothing downloaded.
+
+    Args:
+        checkpoint: weights of any layout, or an exported file, which then answers for the model.
+    """
     check_data(cfg, 'test')
     for key in TRAIN_ONLY:
         cfg.pop(key, None)
     cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
-    cfg.load_from, cfg.resume = str(weights.find(checkpoint)), False
+    exported = Path(checkpoint).suffix in SUFFIXES
+    cfg.load_from, cfg.resume = None if exported else str(weights.find(checkpoint)), False
     weights.drop_pretrained(cfg.model)
     if 'teacher' in cfg.model:
         cfg.model.teacher = None
-    return Runner.from_cfg(cfg)
+    runner = Runner.from_cfg(cfg)
+    if exported:
+        runner.model = attach(unwrap(runner.model), checkpoint)
+    return runner
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:

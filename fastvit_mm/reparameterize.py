@@ -7,8 +7,11 @@ import torch
 import torch.nn as nn
 from mmengine.model import is_model_wrapper
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import FastViTError
+from .models import FastViT
+from .models.rep_conv import bn_affine, exact
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -47,6 +50,40 @@ def reparameterize(model: nn.Module) -> nn.Module:
             'branches to merge, or it is already in the deploy form; test it without --reparam'
         )
     return model
+
+
+def has_branches(model: nn.Module) -> bool:
+    """Whether :func:`reparameterize` would change ``model``."""
+    for module in mergeable(unwrap(model)).values():
+        merged = copy.deepcopy(module)
+        merged.switch_to_deploy()
+        if set(merged.state_dict()) != set(module.state_dict()):
+            return True
+    return False
+
+
+@torch.no_grad()
+def absorb_output_norms(model: nn.Module) -> None:
+    """Take the backbone's output norms into the 1x1 lateral convolutions of an FPN, in place.
+
+    Nothing else may read the backbone's outputs. The result has fewer parameters than a model
+    that is built with ``deploy=True``: for export, not for checkpoints.
+    """
+    backbone, neck = getattr(model, 'backbone', None), getattr(model, 'neck', None)
+    laterals = getattr(neck, 'lateral_convs', None)
+    reads_inputs = getattr(neck, 'add_extra_convs', False) == 'on_input'
+    if not isinstance(backbone, FastViT) or laterals is None or reads_inputs:
+        return
+    used = backbone.out_indices[neck.start_level : neck.start_level + len(laterals)]
+    for index, lateral in zip(used, laterals, strict=True):
+        norm, conv = getattr(backbone, f'norm{index}', None), lateral.conv
+        if isinstance(norm, _BatchNorm) and conv.kernel_size == (1, 1) and conv.groups == 1:
+            scale, shift = bn_affine(norm)
+            weight = exact(conv.weight)[:, :, 0, 0]
+            bias = weight @ shift + (0 if conv.bias is None else exact(conv.bias))
+            conv.weight.copy_((weight * scale)[:, :, None, None])
+            conv.bias = nn.Parameter(bias.to(conv.weight))
+            setattr(backbone, f'norm{index}', nn.Identity())
 
 
 @dataclass

@@ -1,4 +1,6 @@
-"""Test a checkpoint: python tools/test.py CONFIG CHECKPOINT [--reparam] [--demo] ..."""
+"""Test a checkpoint or an exported file:
+python tools/test.py CONFIG CHECKPOINT|FILE.onnx|FILE.pt2|FILE.xml [--reparam] [--demo] ...
+"""
 
 import json
 from pathlib import Path
@@ -6,6 +8,7 @@ from pathlib import Path
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.export import SUFFIXES
 
 # How each package draws predictions: settings of its visualization hook.
 DRAW = {
@@ -18,14 +21,16 @@ DRAW = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.argument_parser('Test a checkpoint.')
-    parser.add_argument('checkpoint', help='file, address or short name of the weights')
+    parser = launch.argument_parser('Test a checkpoint or an exported file.')
+    parser.add_argument('checkpoint', help='weights of any layout, or an exported file')
     parser.add_argument('--reparam', action='store_true', help='test in the deploy form')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
     args = parser.parse_args(argv)
 
     cfg = launch.load_config(args)
+    if args.reparam and Path(args.checkpoint).suffix in SUFFIXES:
+        raise FastViTError('exported files have merged branches already: leave out --reparam')
     if args.reparam:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]
     if args.show_dir:

@@ -1,0 +1,202 @@
+"""The proof that an exported file computes what its model computes."""
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastvit_mm.reparameterize import distance
+
+from .formats import FORMATS, KEY, merge, require
+from .graphs import Graph, graph_of, normalization
+from .runtime import Session
+
+#: What mmdet's own prediction and an exported detector may differ by (issued figures, not rounding:
+#: rounding moves a box a little, and with it the pixels on the rim of its mask).
+BOX, SCORE, MASK = 0.5, 1e-3, 0.99
+
+
+@dataclass
+class Verdict:
+    """What a comparison found.
+
+    Attributes:
+        explained: rounding explains all differences.
+        text: the figures, for people.
+    """
+
+    explained: bool
+    text: str
+
+
+@torch.no_grad()
+def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> Verdict:
+    """Run an exported file and the model that it came from on images.
+
+    Logits and probabilities: largest difference over the largest value, against ten times what
+    the model's own float32 (for a half-precision file: its half precision) differs from its
+    float64. Labels: the share of pixels that differ, against ten times the same. Detections:
+    against the model's own ``predict``, each with its counterpart. A Core ML file runs on Apple's
+    devices alone: its operators are counted and its weights compared instead.
+
+    Args:
+        model: what was given to :func:`fastvit_mm.export.export`.
+        images: uint8 RGB, (H, W, 3), of the file's size.
+    """
+    path = Path(path)
+    if path.suffix == FORMATS['coreml'].suffix:
+        return verify_coreml(model, path)
+    session = Session(path)
+    info = session.info
+    if info['task'] == 'detector':
+        pairs = [detections(model, session, image) for image in images]
+        return merge_detections(pairs)
+    output = info['outputs'][0]
+    reference = graph_of(copy.deepcopy(model), output=output).eval()
+    exact = copy.deepcopy(reference).double()
+    reduced = None
+    if info['half']:
+        dtype = torch.bfloat16 if path.suffix == '.pt2' else torch.float16
+        reduced = graph_of(merge(model), half=dtype, output=output).eval()
+    worst = rounding = 0.0
+    for image in images:
+        normalized = normalize(model, image)
+        batch = session.info['batch'] or 1
+        given = torch.from_numpy(image)[None] if info['preprocess'] else normalized
+        got = session(given.repeat(batch, 1, 1, 1))[output]
+        wanted = reference(normalized)[0]
+        truth = exact(normalized.double())[0]
+        same = reduced(normalized)[0] if reduced is not None else wanted
+        worst = max(worst, *(apart(one[None], wanted) for one in got))
+        rounding = max(rounding, apart(same, truth))
+    limit = 10 * max(rounding, torch.finfo(torch.float32).eps)
+    what = 'share of differing pixels' if output == 'labels' else 'largest relative difference'
+    return Verdict(worst <= limit, f'{what} {worst:.1e} (rounding explains {limit:.1e})')
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return distance(a, b) if a.is_floating_point() else float((a != b).float().mean())
+
+
+def normalize(model: nn.Module, image: np.ndarray) -> Tensor:
+    """(1, 3, H, W) as the model wants it."""
+    mean, std = (t.cpu() for t in normalization(model))
+    return ((torch.from_numpy(image).permute(2, 0, 1).float() - mean) / std)[None]
+
+
+def detections(model: nn.Module, session: Session, image: np.ndarray) -> tuple[dict, dict]:
+    """What mmdet predicts for an image of its own size, and what the file gives."""
+    from mmdet.structures import DetDataSample
+
+    height, width = image.shape[:2]
+    meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
+    sample = DetDataSample(metainfo=meta)
+    bgr = torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1)
+    found = model.test_step(dict(inputs=[bgr], data_samples=[sample]))[0].pred_instances
+    wanted = dict(boxes=found.bboxes, scores=found.scores, labels=found.labels)
+    if 'masks' in found:
+        wanted['masks'] = torch.as_tensor(found.masks)
+    given = torch.from_numpy(image)[None]
+    return wanted, session(given if session.info['preprocess'] else normalize(model, image))
+
+
+def merge_detections(pairs: list[tuple[dict, dict]]) -> Verdict:
+    count = lost = 0
+    box = score = 0.0
+    mask = 1.0
+    for wanted, got in pairs:
+        rows, columns = match(wanted, got)
+        count += len(rows)
+        lost += len(wanted['boxes']) + len(got['boxes']) - 2 * len(rows)
+        if len(rows):
+            box = max(box, float((wanted['boxes'][rows] - got['boxes'][columns]).abs().max()))
+            score = max(score, float((wanted['scores'][rows] - got['scores'][columns]).abs().max()))
+            if 'masks' in wanted:
+                a, b = wanted['masks'][rows].flatten(1), got['masks'][columns].flatten(1)
+                union = (a | b).sum(1)
+                overlap = (a & b).sum(1) / union.clamp(min=1)
+                mask = min(mask, float(overlap[union > 0].min())) if (union > 0).any() else mask
+    text = (
+        f'{count} detections matched, {lost} not; boxes within {box:.1e} pixel, scores within '
+        f'{score:.1e}, masks overlap at least {mask:.4f}'
+    )
+    return Verdict(not lost and box <= BOX and score <= SCORE and mask >= MASK, text)
+
+
+def match(wanted: dict, got: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Index pairs of one class whose corners are at most :data:`BOX` pixels apart, nearest first
+    (an optimal assignment)."""
+    from scipy.optimize import linear_sum_assignment
+
+    gap = torch.cdist(wanted['boxes'].double(), got['boxes'].double(), p=torch.inf)
+    gap += (wanted['scores'][:, None] - got['scores'][None]).abs()  # twins differ by their score
+    other = wanted['labels'][:, None] != got['labels'][None]
+    gap = gap.masked_fill(other, 1e6)
+    rows, columns = linear_sum_assignment(gap)
+    near = (gap[rows, columns] <= 1e5).numpy()
+    return rows[near], columns[near]
+
+
+def verify_coreml(model: nn.Module, path: Path) -> Verdict:
+    """Hold a Core ML file's operators and weights against the reparameterized model's."""
+    coremltools = require('coremltools', 'coreml')
+    package = coremltools.models.MLModel(str(path), skip_model_load=True)
+    info = json.loads(package.user_defined_metadata[KEY])
+    graph = graph_of(merge(model), info['preprocess'], output=info['outputs'][0])
+    found, wanted = operators(package.get_spec()), expected_operators(graph)
+    eps = torch.finfo(torch.float16 if info['half'] else torch.float32).eps
+    stored = coremltools.optimize.coreml.get_weights_metadata(package, weight_threshold=0)
+    stored = {name: torch.from_numpy(np.array(w.val)) for name, w in stored.items()}
+    worst, missing = 0.0, []
+    for name, weight in graph.model.named_parameters():
+        twin = stored.get('model_' + name.replace('.', '_'))
+        if twin is None or twin.numel() != weight.numel():
+            missing.append(name)
+            continue
+        worst = max(worst, distance(twin.float().flatten(), weight.detach().flatten()))
+    text = (
+        f'{sum(found.values())} operators as expected'
+        if found == wanted
+        else f'operators {dict(found)} instead of {dict(wanted)}'
+    )
+    if missing:
+        text += f', {len(missing)} weights are missing, such as {missing[0]}'
+    text += f'; weights within {worst:.1e} (it runs on Apple devices only)'
+    return Verdict(found == wanted and not missing and worst <= eps, text)
+
+
+#: Operators that must be there as often as in PyTorch, and what makes them.
+COUNTED = {
+    'conv': (nn.Conv2d,),
+    'gelu': (nn.GELU,),
+    'relu': (nn.ReLU,),
+    'sigmoid': (nn.Sigmoid,),
+}
+
+
+def operators(spec) -> Counter:
+    block = next(iter(spec.mlProgram.functions['main'].block_specializations.values()))
+    return Counter(o.type for o in block.operations if o.type in COUNTED)
+
+
+def expected_operators(graph: Graph) -> Counter:
+    """How often one forward pass calls each kind of module."""
+    calls = Counter()
+    handles = [
+        module.register_forward_hook(lambda m, *_, kind=kind: calls.update([kind]))
+        for module in graph.modules()
+        for kind, classes in COUNTED.items()
+        if isinstance(module, classes)
+    ]
+    with torch.no_grad():
+        graph.outputs(torch.zeros(1, 3, 64, 64))
+    for handle in handles:
+        handle.remove()
+    return calls
