@@ -25,11 +25,11 @@ def quickest(network, args):
     """The call of one network, its faster layout and the work of it in FLOP."""
     model = network.build()
     inputs = sides.images(network.size, args.batch)
-    work = measure.flops(sides.eager(model, inputs))
+    work = args.batch * measure.flops(sides.eager(model, inputs[:1]))
     if args.runtime == 'onnxruntime':
         return runtime_call(to_onnx(model, inputs), inputs, args.threads), 'ONNX', work
     calls = sides.calls(model, inputs, args.device, args.dtype)
-    layout = measure.fastest(measure.interleave(calls, seconds=0.5, warmup=2), *calls)
+    layout = measure.fastest(measure.interleave(calls, min(args.seconds, 0.5), warmup=2), *calls)
     return calls[layout], layout, work
 
 

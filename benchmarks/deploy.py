@@ -34,7 +34,7 @@ def run(args, report: Report) -> None:
         models = sides.deployed(arch)
         for size, batch in sides.shapes(args.sizes, args.batch):
             inputs = sides.images(size, batch)
-            work = measure.flops(sides.eager(models['ours'], inputs))
+            work = batch * measure.flops(sides.eager(models['ours'], inputs[:1]))
             for dtype, mode in itertools.product(dtypes, args.modes):
                 pair = {name: (model, dtype) for name, model in models.items()}
                 if args.half:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from timm.utils import reparameterize_model
 from torch import Tensor
 
 from fastvit_mm import ARCHS
@@ -22,6 +23,12 @@ def add_arguments(parser) -> None:
     parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
     parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='pairs up with sizes')
     parser.add_argument(
+        '--what',
+        default='backbone',
+        choices=EXPORTS,
+        help='backbones, both by torch.onnx, or classifiers, ours as tools/export.py writes it',
+    )
+    parser.add_argument(
         '--no-spin', action='store_true', help="ONNX Runtime's threads sleep while they wait"
     )
 
@@ -35,6 +42,24 @@ def to_onnx(model: nn.Module, inputs: Tensor) -> bytes:
         return path.read_bytes()
 
 
+def exported_backbones(arch: str, inputs: Tensor) -> dict[str, bytes]:
+    return {name: to_onnx(model, inputs) for name, model in sides.deployed(arch).items()}
+
+
+def exported_classifiers(arch: str, inputs: Tensor) -> dict[str, bytes]:
+    from fastvit_mm.export import export
+
+    ours, theirs = sides.classifiers(arch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'model.onnx')
+        size, batch = tuple(inputs.shape[2:]), len(inputs)
+        export(ours, path, size=size, batch=batch, output='logits')
+        return dict(ours=path.read_bytes(), timm=to_onnx(reparameterize_model(theirs), inputs))
+
+
+EXPORTS = dict(backbone=exported_backbones, classifier=exported_classifiers)
+
+
 def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Callable:
     """A call of an exported model in ONNX Runtime that gives its outputs as tensors."""
     session = measure.onnxruntime_session(content, threads, **options)
@@ -44,14 +69,14 @@ def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Cal
 
 @torch.no_grad()
 def run(args, report: Report) -> None:
-    title = "ONNX Runtime: times of timm's / times of ours"
+    title = f"{args.what} in ONNX Runtime: times of timm's / times of ours"
     ratios = {}
     for arch in args.archs:
-        models = sides.deployed(arch)
+        counted = sides.deployed(arch)['ours']
         for size, batch in sides.shapes(args.sizes, args.batch):
             inputs = sides.images(size, batch)
-            work = measure.flops(sides.eager(models['ours'], inputs))
-            exported = {name: to_onnx(model, inputs) for name, model in models.items()}
+            work = measure.flops(sides.eager(counted, inputs))
+            exported = EXPORTS[args.what](arch, inputs)
             # The arena keeps what a first run took, so that memory needs a session without it.
             calls, lean = (
                 {

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvit_mm import ARCHS
+from fastvit_mm import ARCHS, FastViTError
 
 from . import measure, sides
 from .report import Report, curves
@@ -25,6 +25,7 @@ def add_arguments(parser) -> None:
     parser.add_argument('--archs', nargs='+', default=['t8', 'sa12', 'sa36'], choices=ARCHS)
     parser.add_argument('--sizes', nargs='+', type=int, default=[256, 384, 512, 768, 1024, 1536])
     parser.add_argument('--batch', type=int, default=1)
+    parser.set_defaults(seconds=8)
 
 
 def exponent(pixels: list[float], values: list[float]) -> float:
@@ -81,6 +82,8 @@ def attention_memory(model: nn.Module, size: tuple[int, int], device: str) -> di
 
 @torch.inference_mode()
 def run(args, report: Report) -> None:
+    if len(args.sizes) < 2:
+        raise FastViTError('--sizes: growth needs two sizes or more')
     series = {}
     for arch in args.archs:
         model = sides.deployed(arch)['ours'].to(args.device)

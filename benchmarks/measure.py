@@ -21,12 +21,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_mm.errors import FastViTError
-from fastvit_mm.reparameterize import distance
+from fastvit_mm.reparameterize import distance, tensors
 
 MIN_TURNS, MAX_TURNS = 5, 500
 
 #: Largest difference that rounding explains, relative to the largest output.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
@@ -102,8 +102,10 @@ def geometric_mean(values: list[float]) -> float:
 
 def agree(outputs, reference, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no ratio of the two sides may be shown, or None when their outputs are the same."""
+    if not all(t.isfinite().all() for t in tensors((outputs, reference))):
+        return 'no ratio: outputs are not finite'
     difference = distance(outputs, reference)
-    if difference <= TOLERANCE[dtype]:  # False for NaN
+    if difference <= TOLERANCE[dtype]:
         return None
     return f'no ratio: outputs differ by {difference:.1e}'
 
@@ -211,13 +213,15 @@ def rate(call: Callable, work: float, seconds: float) -> float:
     return work / min(interleave({'call': call}, seconds)['call'])
 
 
-def limits(device: str, threads: int, seconds: float = 1.0, size: int = 2048) -> dict[str, float]:
+def limits(
+    device: str, threads: int, seconds: float = 1.0, size: int = 2048, copied: int = 2**28
+) -> dict[str, float]:
     """The best that this machine was just measured to do.
 
     Returns:
         fp32 matrix products of ``size`` in GFLOP/s (as torch.mm, as a pointwise convolution, which
         on the CPU is oneDNN's, and in ONNX Runtime), bf16 ones, on a GPU fp16 ones; memory copy in
-        GB/s, read and written.
+        GB/s, read and written, of ``copied`` bytes.
     """
     work = 2 * size**3 / 1e9
     side = int(size**0.5)
@@ -233,15 +237,15 @@ def limits(device: str, threads: int, seconds: float = 1.0, size: int = 2048) ->
         if device == 'cpu':
             image = torch.randn(1, size, side, side).to(memory_format=torch.channels_last)
             kernel = torch.randn(size, size, 1, 1).to(memory_format=torch.channels_last)
-            convolved = 2 * size * size * side**2 / 1e9
-            call = lambda: torch.nn.functional.conv2d(image, kernel)  # noqa: E731
-            found['float32 GEMM, oneDNN, GFLOP/s'] = rate(call, convolved, seconds)
+            found['float32 GEMM, oneDNN, GFLOP/s'] = rate(
+                lambda: torch.nn.functional.conv2d(image, kernel),
+                2 * size * size * side**2 / 1e9,
+                seconds,
+            )
             if call := onnxruntime_gemm(size, threads):
                 found['float32 GEMM, ONNX Runtime, GFLOP/s'] = rate(call, work, seconds)
-        source = torch.empty(2**26, device=device)
-        target = torch.empty_like(source)
-        copied = 2 * source.nbytes / 1e9
-        found['memory copy, GB/s'] = rate(lambda: target.copy_(source), copied, seconds)
+        source, target = (torch.ones(copied, dtype=torch.uint8, device=device) for _ in range(2))
+        found['memory copy, GB/s'] = rate(lambda: target.copy_(source), 2 * copied / 1e9, seconds)
     return found
 
 

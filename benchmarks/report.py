@@ -111,6 +111,11 @@ class Report:
         del content['draw']
         write(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + '\n'))
 
+    def insert(self, path: str | Path, section: str) -> None:
+        """Put everything between ``<!-- section -->`` and ``<!-- /section -->`` of a document."""
+        before, begin, after = find_section(path, section)
+        write(path, lambda p: p.write_text(f'{before}{begin}\n{self}\n{after}'))
+
     def plot(self, path: str | Path) -> None:
         if self.draw is None:
             raise FastViTError('nothing to plot: no ratio could be measured')
@@ -120,13 +125,38 @@ class Report:
         plt.close(figure)
 
 
+def find_section(path: str | Path, section: str) -> tuple[str, str, str]:
+    """What stands before a section's begin, that begin, and what follows from its end on.
+
+    Raises:
+        FastViTError: no such document, or no such section in it.
+    """
+    begin, end = f'<!-- {section} -->', f'<!-- /{section} -->'
+    content = Path(path).read_text() if Path(path).is_file() else ''
+    before, found, rest = content.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise FastViTError(f'{path} has no section {begin} ... {end} to fill: add both lines')
+    return before, begin, end + after
+
+
 def write(path: str | Path, save: Callable[[Path], None]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(path)
-    except (OSError, ValueError) as error:  # no such place, or no such kind of picture
-        raise FastViTError(f'{path} cannot be written: {error}') from error
+    except OSError as error:
+        raise FastViTError(f'{path} cannot be written: {error.strerror}') from error
+
+
+def check_targets(json: str | None, plot: str | None) -> None:
+    """Fail before minutes are spent where a file could not be written after them."""
+    for path in filter(None, (json, plot)):
+        write(path, lambda p: None)
+    kinds = plt.figure().canvas.get_supported_filetypes()
+    plt.close()
+    if plot and Path(plot).suffix[1:] not in kinds:
+        raise FastViTError(f'--plot {plot}: give FILE.png, .svg or .pdf')
 
 
 def bars(ratios: dict[str, Spread], title: str) -> Callable | None:

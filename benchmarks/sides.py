@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -18,13 +19,17 @@ from fastvit_mm import FastViT, FastViTError
 
 from . import measure
 
+CLASSIFIER = 'configs/classification/fastvit_{}_in1k.py'
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 @torch.no_grad()
 def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random statistics and scales: with fresh ones a wrong merge would give the same outputs."""
+    """Random weights, statistics and scales under which every part shows in the outputs.
+
+    With fresh ones a wrong merge would give almost the same.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor, low, high):
@@ -33,12 +38,16 @@ def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.endswith('gamma'):
             uniform(parameter, -0.2, 0.2)
+        elif parameter.ndim > 1:
+            std = parameter[0].numel() ** -0.5
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        else:
+            uniform(parameter, -0.3, 0.3)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             for scale in (module.weight, module.running_var):
                 uniform(scale, 0.5, 1.5)
-            for shift in (module.bias, module.running_mean):
-                uniform(shift, -0.3, 0.3)
+            uniform(module.running_mean, -0.3, 0.3)
     return model
 
 
@@ -61,6 +70,16 @@ def deployed(arch: str) -> dict[str, nn.Module]:
     return dict(
         ours=fastvit_mm.reparameterize(ours), timm=reparameterize_model(theirs.eval()).eval()
     )
+
+
+def classifiers(arch: str) -> tuple[nn.Module, nn.Module]:
+    """Our config's whole classifier and timm's, the same weights, training form, in eval mode."""
+    torch.manual_seed(0)
+    ours = unsettle(fastvit_mm.init_model(CLASSIFIER.format(arch)))
+    theirs = timm.create_model(f'fastvit_{arch}')
+    prefixes = re.compile(r'^(backbone|neck)\.')
+    theirs.load_state_dict({prefixes.sub('', k): v for k, v in ours.state_dict().items()})
+    return ours, theirs.eval()
 
 
 def shapes(sizes: list[int], batches: list[int]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastvit_mm import ARCHS
+from fastvit_mm.reparameterize import tensors
 
 from . import measure, sides
 from .report import Report
@@ -24,17 +25,16 @@ def add_arguments(parser) -> None:
     parser.set_defaults(seconds=60)
 
 
-def loss(output) -> Tensor:
-    output = output[0] if isinstance(output, tuple) else output
-    return output.square().mean()
+def loss(output: Tensor | tuple[Tensor]) -> Tensor:
+    return sum(t.square().mean() for t in tensors(output))
 
 
-def step(model: nn.Module, inputs: Tensor) -> Tensor:
-    """One forward and backward pass; gives the output."""
+def step(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """One forward and backward pass; gives the outputs."""
     model.zero_grad(set_to_none=True)
     output = model(inputs)
     loss(output).backward()
-    return output
+    return [t.detach() for t in tensors(output)]
 
 
 def contestants(arch: str, checkpointing: bool) -> dict[str, nn.Module]:

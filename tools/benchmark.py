@@ -18,7 +18,7 @@ from fastvit_mm.errors import FastViTError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from benchmarks.report import Report
+from benchmarks.report import Report, check_targets, find_section
 
 COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading')
 
@@ -36,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
         own.add_argument('--json', metavar='FILE', help='write the figures here')
         own.add_argument('--plot', metavar='FILE', help='draw the picture here')
+        own.add_argument('--doc', metavar='FILE#SECTION', help='put the tables into this document')
         module.add_arguments(own)
         own.set_defaults(run=module.run)
     return parser.parse_args(argv)
@@ -45,7 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise FastViTError('--device cuda needs a GPU and none was found: leave it out')
+    check_targets(args.json, args.plot)
+    document, _, section = (args.doc or '').partition('#')
+    if document:
+        find_section(document, section)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     command = shlex.join(['python', 'tools/benchmark.py', *(argv or sys.argv[1:])])
     report = Report(
         command,
@@ -60,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError('; '.join(refusals))
     if args.plot:
         report.plot(args.plot)
+    if document:
+        report.insert(document, section)
 
 
 if __name__ == '__main__':
