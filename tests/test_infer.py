@@ -285,7 +285,7 @@ def test_refusals(tool, cases, tmp_path):
         refused(path, '--score-thr', threshold, options=['--score-thr', threshold])
     refused(path, '--device', 'cannot be used', options=['--device', 'meta7'])
     refused(path, 'no.pth', 'does not exist', model=(case.command[0], 'no.pth'))
-    refused(path, 'leave out --reparam', model=(case.command[0], 'm.onnx'), options=['--reparam'])
+    refused(path, 'merged', 'leave out', model=(case.command[0], 'm.onnx'), options=['--reparam'])
     (tmp_path / 'file').write_text('')
     refused(path, 'cannot write', where=tmp_path / 'file')
     assert path.read_bytes() == before and len(list(folder.rglob('*'))) == 3
@@ -347,8 +347,9 @@ def test_legend():
 
 def test_classification_bars():
     scores = np.array([0.1, 0.6, 0.3], np.float32)
-    picture = pictures.draw(GREY, dict(pred_scores=scores), META)
-    assert np.array_equal(picture[:, :800], GREY), 'the image stays as it is'
+    scene = image(0, 600, 800)
+    picture = pictures.draw(scene, dict(pred_scores=scores), META)
+    assert np.array_equal(picture[:, :800], scene), 'the image stays as it is'
     side = picture[:, 800:]
     first = near(side, (38, 99, 190)).sum(1).max()
     others = near(side, pictures.BAR).sum(1)

@@ -41,19 +41,12 @@ import fastvit_mm
 from fastvit_mm import launch, pictures
 from fastvit_mm.errors import FastViTError
 
-EXPORTED = ('.onnx', '.pt2', '.xml')
 JPEG_SIDE = 65500  # pixels: libjpeg's limit
 Images = Iterator[tuple[dict, np.ndarray | None]]  # what is known of it, BGR; None: unreadable
 
 
 def load(cfg: Config, checkpoint: str, device: str, reparam: bool) -> torch.nn.Module:
     """The model of a checkpoint or of an exported file."""
-    if Path(checkpoint).suffix in EXPORTED:
-        if reparam:
-            raise FastViTError('exported files have merged branches: leave out --reparam')
-        from fastvit_mm import export
-
-        return export.load(cfg, checkpoint)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
