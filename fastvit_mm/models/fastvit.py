@@ -22,7 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from fastvit_mm.errors import FastViTError
 
 from .fused_training import convolve, feed_forward, fits
-from .rep_conv import ConvBN, LayerScale, MobileOneBlock, RepConv, bn_affine, build_bn, exact
+from .rep_conv import (
+    ConvBN,
+    LayerScale,
+    MobileOneBlock,
+    RepConv,
+    bn_affine,
+    build_bn,
+    exact,
+    set_fused,
+)
 
 #: Table 2 of the paper. ``attention`` marks the stages that mix tokens by self-attention.
 ARCHS = {
@@ -404,9 +413,7 @@ class FastViT(BaseModule):
             for i in out_indices:
                 self.add_module(f'norm{i}', build_bn(norm_cfg, widths[i]))
 
-        for module in self.modules():
-            if hasattr(module, 'fused'):
-                module.fused = fused_training
+        set_fused(self, fused_training)
         self.reset_parameters()
         self.freeze()
 

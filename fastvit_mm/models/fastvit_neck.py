@@ -5,7 +5,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .rep_conv import MobileOneBlock
+from .rep_conv import MobileOneBlock, set_fused
 
 
 @MODELS.register_module()
@@ -19,6 +19,7 @@ class FastViTNeck(BaseModule):
         in_channels: width of the backbone's stage 4.
         out_channels: a multiple of ``in_channels``; twice by default.
         deploy: build the deploy form.
+        fused_training: as in :class:`FastViT`.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class FastViTNeck(BaseModule):
         in_channels: int,
         out_channels: int | None = None,
         deploy: bool = False,
+        fused_training: bool = True,
         norm_cfg: dict = dict(type='BN'),
         act_cfg: dict = dict(type='GELU'),
         init_cfg: dict | list | None = None,
@@ -45,6 +47,7 @@ class FastViTNeck(BaseModule):
             act_cfg=act_cfg,
             deploy=deploy,
         )
+        set_fused(self, fused_training)
 
     def forward(self, feats: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = self.final_conv(feats[-1])

@@ -308,7 +308,7 @@ def patch_sum(x: Tensor, convs: list[tuple[Tensor, nn.BatchNorm2d]], k: int, str
             factor = (var + norm.eps).rsqrt()
             factor = factor if norm.weight is None else factor * norm.weight
             weight = weight + factor[:, None] * w
-            bias = bias if norm.bias is None else bias + norm.bias[:, None]
+            bias = bias if norm.bias is None else bias + norm.bias[:, None].to(mean.dtype)
             count_batch(norm, w.detach() @ mean.detach().flatten(), var.detach(), count)
     out = torch.baddbmm(bias, weight.expand(len(x), -1, -1), patches)
     return out.view(len(x), -1, *size).to(computed_in(x))

@@ -45,6 +45,13 @@ def bn_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
+def set_fused(network: nn.Module, fused: bool) -> None:
+    """Turn :mod:`.fused_training` on or off in every block of ``network`` that knows it."""
+    for module in network.modules():
+        if hasattr(module, 'fused'):
+            module.fused = fused
+
+
 class LayerScale(nn.Module):
     """Per-channel learned factor on (B, C, H, W)."""
 
