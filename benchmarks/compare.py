@@ -55,10 +55,11 @@ def run(args, report: Report) -> None:
         row |= report.speed(works[label], seconds, sides.DTYPES[args.dtype])
         row['peak MB'] = measure.megabytes(measure.peak_memory(calls[label], args.device))
         report.add(title, row)
-        points.setdefault(network.family, []).append((label, spread.median, network.top1))
+        short = label.removeprefix(f'{network.family}-')
+        points.setdefault(network.family, []).append((short, spread.median, network.top1))
     for label, published in CLAIMS.items():
         if {label, CLAIMANT} <= set(times):
             row = {f'{CLAIMANT} against': label, 'published, iPhone 12 Pro': published}
             row['measured ratio'] = measure.ratio(times[label], times[CLAIMANT])
             report.add('How many times faster', row)
-    report.draw = scatter(points, f'latency, ms ({title}, {report.machine["CPU"]})')
+    report.panels = [scatter(points, f'latency, ms ({title}, {report.machine["CPU"]})')]

@@ -51,5 +51,6 @@ def run(args, report: Report) -> None:
                 case = dict(arch=arch, size=size, batch=batch, dtype=dtype, mode=mode)
                 speed = report.speed(work, outcome.seconds, dtype=sides.DTYPES[dtype])
                 report.add(title, {**case, **outcome.row, **speed})
-                ratios[' '.join(str(v) for v in case.values())] = outcome.ratio
+                kind = f' {dtype} {mode}' if len(dtypes) * len(args.modes) > 1 else ''
+                ratios[f'{arch} {size} x{batch}{kind}'] = outcome.ratio
     report.conclude(title, ratios)

@@ -88,5 +88,5 @@ def run(args, report: Report) -> None:
             outcome = sides.contest(calls, args.seconds, args.device, memory=lean)
             case = dict(arch=arch, size=size, batch=batch)
             report.add(title, {**case, **outcome.row, **report.speed(work, outcome.seconds)})
-            ratios[' '.join(str(v) for v in case.values())] = outcome.ratio
+            ratios[f'{arch} {size} x{batch}'] = outcome.ratio
     report.conclude(title, ratios)

@@ -84,7 +84,7 @@ def attention_memory(model: nn.Module, size: tuple[int, int], device: str) -> di
 def run(args, report: Report) -> None:
     if len(args.sizes) < 2:
         raise FastViTError('--sizes: growth needs two sizes or more')
-    series = {}
+    times_of, memory_of = {}, {}
     for arch in args.archs:
         model = sides.deployed(arch)['ours'].to(args.device)
         latency, memory, pixels = {}, [], []
@@ -100,7 +100,7 @@ def run(args, report: Report) -> None:
             row |= report.speed(work, median(times['backbone']))
             report.add('Latency and memory', row)
             pixels.append(size**2)
-            memory.append(peak)
+            memory.append(measure.megabytes(peak))
             for name, own in times.items():
                 latency.setdefault(name, []).append(1e3 * median(own))
         row = {'arch': arch}
@@ -111,5 +111,9 @@ def run(args, report: Report) -> None:
         if 1 in model.settings['attention']:
             row = attention_memory(model, DETECTION_SIZE, args.device)
             report.add('Attention on the largest image of detection', {'arch': arch, **row})
-        series |= {f'{arch}, {name}': (pixels, own) for name, own in latency.items()}
-    report.draw = curves(series, 'latency, ms')
+        times_of |= {f'{arch}, {name}': (pixels, own) for name, own in latency.items()}
+        if all(memory):
+            memory_of[arch] = pixels, memory
+    report.panels = [curves(times_of, 'latency, ms')]
+    if memory_of:
+        report.panels.append(curves(memory_of, 'peak memory beside the weights, MB'))

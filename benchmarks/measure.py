@@ -124,8 +124,9 @@ def process_memory(field: str) -> int:
 def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
     """Bytes that ``call`` needs at its peak beyond what was there before.
 
-    On the CPU the resident memory of the process, which counts every library's allocations; None
-    where the system cannot tell (not Linux). On a GPU what PyTorch allocated there.
+    On a GPU what PyTorch allocated there. On the CPU the resident memory of the process, which
+    counts every library's allocations: the least of three calls, since the first may also fill
+    caches. None where the system cannot tell (not Linux).
     """
     gc.collect()
     if device.startswith('cuda'):
@@ -136,13 +137,18 @@ def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
         synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew
-        before = process_memory('VmRSS')
-        call()
-        return max(process_memory('VmHWM') - before, 0)
+        return min(resident_growth(call) for _ in range(3))
     except (OSError, AttributeError):
         return None
+
+
+def resident_growth(call: Callable) -> int:
+    """By how many bytes the resident memory of this process grows during ``call``; Linux."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew
+    before = process_memory('VmRSS')
+    call()
+    return max(process_memory('VmHWM') - before, 0)
 
 
 def saved_memory(forward: Callable, parameters) -> int:

@@ -20,6 +20,9 @@ from .measure import Spread, best_gflops, geometric_mean
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+PLAIN = FuncFormatter(lambda value, _: f'{value:g}')
 
 
 def number(value: float) -> str:
@@ -58,7 +61,7 @@ class Report:
     """Collects what one command measured.
 
     Attributes:
-        draw: puts the picture on axes; None where there is none.
+        panels: each draws one panel of the picture on axes.
     """
 
     command: str
@@ -66,7 +69,7 @@ class Report:
     limits: dict[str, float]
     tables: dict[str, list[dict]] = field(default_factory=dict)
     summary: dict[str, float | str] = field(default_factory=dict)
-    draw: Callable | None = None
+    panels: list[Callable] = field(default_factory=list)
 
     def add(self, title: str, row: dict) -> None:
         """A row of the table ``title``; says so, since a run takes minutes."""
@@ -85,7 +88,7 @@ class Report:
         if all(isinstance(r, Spread) for r in ratios.values()):
             mean = geometric_mean([r.median for r in ratios.values()])
             self.summary[f'{title}, geometric mean of {len(ratios)}'] = mean
-        self.draw = bars(ratios, title)
+        self.panels = bars(ratios, title)
 
     def refusals(self) -> list[str]:
         """The rows whose sides gave different outputs."""
@@ -107,8 +110,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Everything as JSON, spreads as median, low and high."""
-        content = asdict(self)
-        del content['draw']
+        content = {k: v for k, v in asdict(self).items() if k != 'panels'}
         write(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + '\n'))
 
     def insert(self, path: str | Path, section: str) -> None:
@@ -117,10 +119,14 @@ class Report:
         write(path, lambda p: p.write_text(f'{before}{begin}\n{self}\n{after}'))
 
     def plot(self, path: str | Path) -> None:
-        if self.draw is None:
+        if not self.panels:
             raise FastViTError('nothing to plot: no ratio could be measured')
-        figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
-        self.draw(axes)
+        count = len(self.panels)
+        figure, axes = plt.subplots(
+            1, count, figsize=(8 * count, 5), layout='constrained', squeeze=False
+        )
+        for draw, own in zip(self.panels, axes[0], strict=True):
+            draw(own)
         write(path, lambda p: figure.savefig(p, dpi=110))
         plt.close(figure)
 
@@ -159,8 +165,11 @@ def check_targets(json: str | None, plot: str | None) -> None:
         raise FastViTError(f'--plot {plot}: give FILE.png, .svg or .pdf')
 
 
-def bars(ratios: dict[str, Spread], title: str) -> Callable | None:
-    """A bar for each ratio, with its quartiles; 1 is where both sides are equal."""
+def bars(ratios: dict[str, Spread], title: str) -> list[Callable]:
+    """A panel with a bar for each ratio and its quartiles; 1 is where both sides are equal.
+
+    None at all without a ratio.
+    """
     ratios = {name: value for name, value in ratios.items() if isinstance(value, Spread)}
 
     def draw(axes):
@@ -175,7 +184,7 @@ def bars(ratios: dict[str, Spread], title: str) -> Callable | None:
         axes.invert_yaxis()
         axes.set_xlabel(title)
 
-    return draw if ratios else None
+    return [draw] if ratios else []
 
 
 def scatter(families: dict[str, list[tuple]], title: str) -> Callable:
@@ -191,6 +200,9 @@ def scatter(families: dict[str, list[tuple]], title: str) -> Callable:
             for name, x, y in zip(names, times, accuracies, strict=True):
                 axes.annotate(name, (x, y), (3, -8), textcoords='offset points', fontsize=7)
         axes.set_xscale('log')
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(title)
         axes.set_ylabel('ImageNet top-1, published, %')
         axes.grid(alpha=0.3)
@@ -200,7 +212,7 @@ def scatter(families: dict[str, list[tuple]], title: str) -> Callable:
 
 
 def curves(series: dict[str, tuple], title: str) -> Callable:
-    """Log-log lines of (pixels, values) with a dashed line of slope 1 from each first point."""
+    """Log-log lines of (pixels, values), square images; dashed what linear growth would be."""
 
     def draw(axes):
         for name, (pixels, values) in series.items():
@@ -209,6 +221,10 @@ def curves(series: dict[str, tuple], title: str) -> Callable:
             axes.plot(pixels, linear, '--', color=line.get_color(), linewidth=0.8)
         axes.set_xscale('log')
         axes.set_yscale('log')
+        sides = [round(p**0.5) for p in pixels]
+        axes.set_xticks(pixels, [f'{s} x {s}' for s in sides], fontsize=8)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(PLAIN)
         axes.set_xlabel('pixels (dashed: linear)')
         axes.set_ylabel(title)
         axes.grid(alpha=0.3, which='both')

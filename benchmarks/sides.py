@@ -191,6 +191,5 @@ def contest(
     row['turns'] = len(times[best[first]])
     for side, own in (memory or sides).items():
         call = own[best[side].removeprefix(f'{side}, ')]
-        call()  # what only the first call allocates is kept, not needed again
         row[f'{side}, peak MB'] = measure.megabytes(measure.peak_memory(call, device))
     return Outcome(row, ratio, median(times[best[first]]))

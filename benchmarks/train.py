@@ -72,5 +72,5 @@ def run(args, report: Report) -> None:
             case = dict(arch=arch, size=size, batch=batch)
             speed = report.speed(work, outcome.seconds)
             report.add(title, {**case, **outcome.row, **saved, **speed})
-            ratios[' '.join(str(v) for v in case.values())] = outcome.ratio
+            ratios[f'{arch} {size} x{batch}'] = outcome.ratio
     report.conclude(title, ratios)
