@@ -115,15 +115,12 @@ class RepConv(nn.Module):
     def sum_fused(self, x: Tensor, leaves: list) -> Tensor:
         """The sum of ``leaves``, of which those that see the same x share its statistics."""
         geometry = self.geometry
-        size, stride, groups = (geometry[k] for k in ('kernel_size', 'stride', 'groups'))
-        channels, out = geometry['in_channels'], geometry['out_channels']
-        if groups == 1 < size and size**2 * channels <= out:
+        size, stride = geometry['kernel_size'], geometry['stride']
+        patch = size**2 * geometry['in_channels']
+        if geometry['groups'] == 1 < size and patch <= geometry['out_channels']:
             return patch_sum(x, [(leaf.conv.weight, leaf.bn) for _, leaf in leaves], size, stride)
 
         terms, skip, dtype = [], False, computed_in(x)
-        center = x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
-        if channels == groups < out:
-            center = center.repeat_interleave(out // channels, dim=1)
         for factor, leaf in leaves:
             if isinstance(factor, Tensor):
                 factor, dtype = factor.flatten(), torch.promote_types(dtype, factor.dtype)
@@ -135,10 +132,17 @@ class RepConv(nn.Module):
                 dtype = torch.promote_types(dtype, x.dtype)
                 terms.append(Term(x, leaf, factor=factor))
             elif leaf.is_scale:
-                terms.append(Term(center, leaf.bn, leaf.conv.weight.flatten(), factor))
+                terms.append(Term(self.centers(x), leaf.bn, leaf.conv.weight.flatten(), factor))
             else:
                 terms.append(Term(leaf.convolve(x), leaf.bn, factor=factor))
         return normalized_sum(terms, skip, dtype)
+
+    def centers(self, x: Tensor) -> Tensor:
+        """What each output of a depthwise convolution has at its kernel's center, in its shape."""
+        stride = self.geometry['stride']
+        multiplier = self.geometry['out_channels'] // self.geometry['in_channels']
+        x = x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
+        return x if multiplier == 1 else x.repeat_interleave(multiplier, dim=1)
 
     def sum_branches(self, x: Tensor) -> Tensor:
         out = None
