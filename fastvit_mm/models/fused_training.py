@@ -3,7 +3,7 @@
 A BatchNorm needs two numbers per channel of its input. Once they are known it is a per-channel
 affine, which adds up with its neighbours or goes into the weights beside it, as in the deploy form;
 only the gradient through the statistics still needs the activations. Beside timm's, a training step
-of T8, S12 and SA12 (256 x 256, batch 8) takes 0.6 to 0.7 of the time and of the activations.
+of T8, S12 and SA12 (256 x 256, batch 8) takes 0.6 to 0.75 of the time and keeps 0.6 of the bytes.
 """
 
 from collections.abc import Iterable
