@@ -3,11 +3,12 @@
     python docs/channels_last_crash.py
 
 FastViT's stem has a dense 1x1 convolution with stride 2 over the 3 channels of the image. In
-channels_last its weight gradient on the CPU (oneDNN's jit_1x1:avx512_core backward_weights) leaves
-its buffers: a segmentation fault, or glibc's `free(): invalid next size` or `double free` some
-steps later. Seen with torch 2.10.0 and 2.14.1 on a CPU with AVX-512. Without the gradient of this
-one convolution, timm's FastViT T8 and SA12 train in channels_last. Each case below runs in a
-process of its own.
+channels_last its weight gradient on the CPU (oneDNN's jit_1x1 backward_weights) writes past its
+workspace when there are fewer input channels than one vector holds: a segmentation fault, or
+glibc's `free(): invalid next size` or `double free` some steps later. Seen with torch 2.10.0 and
+2.14.1 on a CPU with AVX-512; https://github.com/uxlfoundation/oneDNN/issues/6035 reports the same.
+Without the gradient of this one convolution, timm's FastViT T8 and SA12 train in channels_last.
+Each case below runs in a process of its own.
 """
 
 import os
