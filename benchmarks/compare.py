@@ -53,7 +53,8 @@ def run(args, report: Report) -> None:
         row['G multiply-adds'] = works[label] / 2e9
         seconds = statistics.median(times[label])
         row |= report.speed(works[label], seconds, sides.DTYPES[args.dtype])
-        row['peak MB'] = measure.megabytes(measure.peak_memory(calls[label], args.device))
+        if args.runtime == 'torch':  # a session's arena keeps what its first run took
+            row['peak MB'] = measure.megabytes(measure.peak_memory(calls[label], args.device))
         report.add(title, row)
         short = label.removeprefix(f'{network.family}-')
         points.setdefault(network.family, []).append((short, spread.median, network.top1))
