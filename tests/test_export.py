@@ -35,7 +35,7 @@ SIZE = (96, 64)
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-    """A small network with attention of each task, random weights and statistics, its checkpoint."""
+    """A small network with attention of each task: model, config, checkpoint; all at random."""
     folder = tmp_path_factory.mktemp('models')
     made = {}
     for task in CONFIGS:
@@ -44,13 +44,15 @@ def models(tmp_path_factory):
         cfg.merge_from_dict(ATTENTION)
         apply_demo(cfg, folder / 'data')
         if task == DETECTION:
-            cfg.model.test_cfg.rcnn.score_thr = 0.12
+            cfg.model.test_cfg.rcnn.score_thr = 0.5
         model = fastvit_mm.init_model(cfg)
-        randomize(model)
+        randomize(model.backbone if task == DETECTION else model)
         if task == DETECTION:
-            with torch.no_grad():  # else every box is as large as the image
-                model.rpn_head.rpn_reg.weight *= 0.1
-                model.roi_head.bbox_head.fc_reg.weight *= 0.1
+            # Scores short of 1, which would all be equal, and masks larger than their rim.
+            with torch.no_grad():
+                model.rpn_head.rpn_cls.weight *= 0.2
+                model.roi_head.mask_head.conv_logits.weight *= 30
+                model.roi_head.mask_head.conv_logits.bias += 2
         cfg.dump(folder / f'{path.stem}_demo.py')
         torch.save(
             dict(state_dict=model.state_dict(), meta=dict(dataset_meta=model.dataset_meta)),
@@ -86,3 +88,249 @@ def test_every_format_of_every_task(models, task, format, tmp_path):
     # and the proof can fail
     other = randomize(fastvit_mm.init_model(model.cfg), seed=1)
     assert not verify(other, path, [noise(*SIZE)]).explained
+
+
+def kinds(model, tmp_path, **args):
+    """How often each operator is in a backbone's ONNX file."""
+    model = reparameterize(model)
+    absorb_output_norms(model)
+    path = tmp_path / 'model.onnx'
+    x = torch.randn(1, 3, 64, 64)
+    torch.onnx.export(model, (x,), path, dynamo=True, opset_version=20, verbose=False)
+    return Counter(n.op_type for n in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize('arch', ['t8', 'sa12'])
+def test_nodes_are_those_of_the_paper(arch, tmp_path):
+    """What section 3 of the paper needs after the merge, and no operator more."""
+    model = randomize(FastViT(arch, out_indices=(3,)).eval())
+    depths = model.settings['depths']
+    attention = depths[3] if arch == 'sa12' else 0
+    blocks = sum(depths)
+    found = kinds(model, tmp_path)
+    # stem 3, each of 3 downsamplings 2, each block 7x7 and two 1x1, RepMixer one 3x3, one position
+    assert found['Conv'] == 3 + 3 * 2 + 3 * blocks + (blocks - attention) + bool(attention)
+    # stem 3, each downsampling 1, each block 1
+    assert found['Gelu'] == 3 + 3 + blocks
+    # residuals: one of every ConvFFN, one of every attention; RepMixer's is in its kernel.
+    # qkv and proj are linear layers, product and bias
+    assert found['Add'] == blocks + attention + 2 * attention
+    # qkv, q k^T, attention v, proj; no scale before, between or after
+    assert found['MatMul'] == 4 * attention and found['Softmax'] == attention
+    # to and from (B, N, C), heads apart, k transposed, heads together: views, no arithmetic
+    views = {'Reshape', 'Transpose', 'Split', 'Slice', 'Squeeze', 'Gather', 'Unsqueeze'}
+    assert set(found) - views <= {'Conv', 'Gelu', 'Add', 'MatMul', 'Softmax'}
+    assert set(found) & views == set() if not attention else True
+
+
+def test_output_norms_go_into_the_laterals(models, tmp_path):
+    for task in (SEGMENTATION, DETECTION):
+        model, _, _ = models[task]
+        merged = reparameterize(model)
+        x = torch.randn(2, 3, 64, 96)
+        with torch.no_grad():
+            wanted = merged.extract_feat(x)
+            absorb_output_norms(merged)
+            assert not any('backbone.norm' in k for k in merged.state_dict())
+            for a, b in zip(merged.extract_feat(x), wanted, strict=True):
+                assert relative(a, b) < 2e-5
+    # where something else reads the outputs, they stay
+    merged = reparameterize(models[DETECTION][0])
+    merged.neck.add_extra_convs = 'on_input'
+    absorb_output_norms(merged)
+    assert any('backbone.norm' in k for k in merged.state_dict())
+
+
+def test_onnx_files_explain_themselves(models, tmp_path):
+    model, _, _ = models[SEGMENTATION]
+    path = tmp_path / 'model.onnx'
+    export(model, path, size=SIZE, dynamic=True, preprocess=True, output='labels')
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    assert {n.domain for n in file.graph.node} == {''} and file.opset_import[0].version >= 17
+    assert not any(n.op_type == 'BatchNormalization' for n in file.graph.node)
+    props = {p.key: p.value for p in file.metadata_props}
+    assert json.loads(props['classes']) == list(model.dataset_meta['classes'])
+    shape = file.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in shape] == ['batch', 'height', 'width', 3]
+    # uint8 RGB in, labels out, and nothing else needed: against mmseg's own way with BGR
+    images = np.stack([noise(70, 90), noise(70, 90, seed=1)])
+    labels = run_onnx(path, images)['labels']
+    assert labels.shape == (2, 70, 90) and labels.dtype == np.int64
+    from mmseg.structures import SegDataSample
+
+    image = noise(64, 96)
+    sample = SegDataSample(metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96)))
+    bgr = torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1)
+    with torch.no_grad():
+        wanted = model.test_step(dict(inputs=[bgr], data_samples=[sample]))[0]
+    got = run_onnx(path, image[None])['labels'][0]
+    assert (got == wanted.pred_sem_seg.data[0].numpy()).mean() > 0.999
+
+
+def test_detections_are_mmdets(models, tmp_path):
+    """One file, images of several sizes, against mmdet's own prediction from a picture file."""
+    model, _, _ = models[DETECTION]
+    path = tmp_path / 'model.onnx'
+    export(model, path, size=SIZE)
+    session = onnxruntime.InferenceSession(path)
+    mean, std = (model.data_preprocessor.get_buffer(k).numpy() for k in ('mean', 'std'))
+    found = 0
+    for seed, (height, width) in enumerate([(64, 64), (70, 101), (131, 64), (96, 200)]):
+        image = noise(height, width, seed=seed)
+        mmcv.imwrite(image[:, :, ::-1], str(tmp_path / 'image.png'))
+        config = Config(model.cfg.to_dict())
+        scale = dict(type='Resize', scale=(width, height), keep_ratio=False)
+        config.test_dataloader.dataset.pipeline[1] = scale
+        model.cfg, before = config, model.cfg
+        wanted = fastvit_mm.inference(model, tmp_path / 'image.png').pred_instances
+        model.cfg = before
+        given = ((image.transpose(2, 0, 1) - mean) / std)[None].astype(np.float32)
+        boxes, scores, labels, masks, crops = session.run(None, {'image': given})
+        assert len(boxes) == len(wanted) and masks.shape == (len(boxes), height, width)
+        assert crops.shape == (len(boxes), 28, 28)
+        assert (scores[:-1] >= scores[1:]).all()
+        for i in range(len(boxes)):
+            same = (wanted.labels.numpy() == labels[i]) & (
+                np.abs(wanted.bboxes.numpy() - boxes[i]).max(1) < 0.5
+            )
+            twin = np.flatnonzero(same & (np.abs(wanted.scores.numpy() - scores[i]) < 1e-3))
+            assert len(twin), (boxes[i], scores[i])
+            mask = torch.as_tensor(wanted.masks).numpy()[twin[0]]
+            overlap = (mask & masks[i]).sum() / max(1, (mask | masks[i]).sum())
+            assert overlap >= 0.99 or (mask ^ masks[i]).sum() <= 2  # of a mask of few pixels
+        found += len(boxes)
+    assert found > 10
+    # nothing found is an answer too
+    nothing = session.run(None, {'image': np.zeros((1, 3, 64, 64), np.float32)})
+    assert len({len(part) for part in nothing}) == 1
+
+
+@tasks
+@pytest.mark.parametrize(
+    'format', [pytest.param('onnx'), pytest.param('torch', marks=pytest.mark.slow)]
+)
+def test_the_metric_of_the_file(models, task, format, tool, tmp_path):  # noqa: F811
+    """Exported and evaluated by the tools; the same predictions as the checkpoint's."""
+    _, config, checkpoint = models[task]
+    path = tmp_path / f'model{FORMATS[format].suffix}'
+    args = ['--dynamic', '--with-preprocess'] if format == 'onnx' else ['--dynamic']
+    assert tool('export', config, checkpoint, '--format', format, '--out', path, *args)[0] == 0
+    metrics = []
+    for number, weights in enumerate((checkpoint, path)):
+        out = tmp_path / f'{number}.json'
+        assert tool('test', config, weights, '--out', out)[0] == 0
+        metrics.append(json.loads(out.read_text()))
+    (wanted, got), scale = metrics, 100 if task == DETECTION else 1  # which is in percent elsewhere
+    assert wanted.keys() == got.keys()
+    for key, value in wanted.items():
+        if 'time' not in key:
+            assert scale * got[key] == pytest.approx(scale * value, abs=0.1), key
+    refusal(tool('test', config, path, '--reparam'), 'leave out --reparam')
+
+
+def test_fixed_sizes_and_batches(models, tmp_path):
+    model, _, _ = models[CLASSIFICATION]
+    path = tmp_path / 'model.onnx'
+    info = export(model, path, size=(64, 96), batch=2)
+    assert (info['batch'], info['size']) == (2, [64, 96])
+    session = Session(path)
+    x = torch.randn(5, 3, 64, 96)
+    with torch.no_grad():
+        assert relative(session(x)['logits'], model(x, mode='tensor')) < 1e-5
+    with pytest.raises(FastViTError, match='takes images of 64 x 96 pixels, not of 64 x 64'):
+        session(torch.randn(1, 3, 64, 64))
+
+
+def test_half(models, tmp_path):
+    model, _, _ = models[CLASSIFICATION]
+    for format in ('onnx', 'torch', 'openvino'):
+        path = tmp_path / f'model{FORMATS[format].suffix}'
+        export(model, path, format, size=(64, 64), half=True, output='probabilities')
+        verdict = verify(model, path, [noise(64, 64, seed=i) for i in range(3)])
+        assert verdict.explained, (format, verdict.text)
+        out = Session(path)(torch.randn(1, 3, 64, 64))['probabilities']
+        assert out.dtype == torch.float32 and float(out.sum()) == pytest.approx(1, abs=1e-2)
+    weights = onnx.load(tmp_path / 'model.onnx').graph.initializer
+    large = [w for w in weights if np.prod(w.dims) > 16]
+    assert large and all(w.data_type == onnx.TensorProto.FLOAT16 for w in large)
+
+
+@pytest.mark.parametrize('task', [CLASSIFICATION, SEGMENTATION])
+def test_core_ml(models, task, tmp_path):
+    import coremltools
+
+    model, _, _ = models[task]
+    path = tmp_path / 'model.mlpackage'
+    output = 'probabilities' if task == CLASSIFICATION else 'labels'
+    half = task == CLASSIFICATION
+    export(model, path, 'coreml', size=(64, 96), preprocess=True, half=half, output=output)
+    verdict = verify(model, path, [])
+    assert verdict.explained, verdict.text
+    other = randomize(fastvit_mm.init_model(model.cfg), seed=1)
+    assert not verify(other, path, []).explained
+    spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
+    image = spec.description.input[0].type.imageType
+    assert (image.height, image.width) == (64, 96)
+    if task == CLASSIFICATION:
+        assert spec.description.predictedFeatureName == 'classLabel'
+    with pytest.raises(FastViTError, match='without --dynamic'):
+        export(model, path, 'coreml', size=(64, 64), dynamic=True)
+    with pytest.raises(FastViTError, match='export a detector as ONNX'):
+        export(models[DETECTION][0], path, 'coreml', size=(64, 64))
+
+
+def test_a_file_that_differs_is_moved_aside(models, tool, tmp_path, monkeypatch):  # noqa: F811
+    """A bias that the exporter loses, in a file of two parts."""
+    from fastvit_mm.export import formats
+
+    _, config, checkpoint = models[CLASSIFICATION]
+
+    def careless(model):
+        model = merge(model)
+        model.head.fc.bias.data += 0.01
+        return model
+
+    merge = formats.merge
+    monkeypatch.setattr(formats, 'merge', careless)
+    out = tmp_path / 'model.xml'
+    code, _ = tool('export', config, checkpoint, '--format', 'openvino', '--out', out)
+    assert code == 1
+    assert not out.exists() and not out.with_suffix('.bin').exists()
+    assert (tmp_path / 'model.failed.xml').exists() and (tmp_path / 'model.failed.bin').exists()
+
+
+def test_what_cannot_be_exported(models, tool, tmp_path, monkeypatch):  # noqa: F811
+    _, config, checkpoint = models[CLASSIFICATION]
+    call = ('export', config, checkpoint, '--out', tmp_path / 'model.onnx')
+    refusal(tool('export', config, checkpoint, '--out', tmp_path / 'model.pt2'), '.onnx')
+    refusal(tool(*call, '--output', 'labels'), "logits or probabilities, not 'labels'")
+    refusal(tool(*call, '--size', '16', '16'), 'at least 32')
+    detector = ('export', *models[DETECTION][1:], '--out', tmp_path / 'model.onnx')
+    refusal(tool(*detector, '--batch', '2'), 'one image at a time')
+    assert not list(tmp_path.iterdir())
+    for package, extra, format in (
+        ('onnxscript', 'onnx', 'onnx'),
+        ('openvino', 'openvino', 'openvino'),
+        ('coremltools', 'coreml', 'coreml'),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(__import__('sys').modules, package, None)
+            out = tmp_path / f'model{FORMATS[format].suffix}'
+            result = tool('export', config, checkpoint, '--format', format, '--out', out)
+            refusal(result, f'pip install fastvit_mm[{extra}]')
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_not_ours(models, tool, tmp_path):  # noqa: F811
+    _, config, _ = models[CLASSIFICATION]
+    refusal(tool('test', config, tmp_path / 'no.onnx'), 'no.onnx does not exist')
+    (broken := tmp_path / 'broken.onnx').write_bytes(b'not a model')
+    refusal(tool('test', config, broken), 'broken.onnx cannot be read')
+    torch.onnx.export(
+        torch.nn.Linear(2, 2), (torch.ones(1, 2),), tmp_path / 'other.onnx', verbose=False
+    )
+    refusal(tool('test', config, tmp_path / 'other.onnx'), 'not written by tools/export.py')
+    model, config, _ = models[SEGMENTATION]
+    export(model, tmp_path / 'seg.onnx', size=(64, 64))
+    refusal(tool('test', models[CLASSIFICATION][1], tmp_path / 'seg.onnx'), 'is a segmentor')

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.fx.experimental._config as fx_config
 import torch.nn as nn
+from mmcv.cnn import ConvModule, fuse_conv_bn
 from torch.export import Dim, ExportedProgram
 
 from fastvit_mm.errors import FastViTError
@@ -121,8 +122,8 @@ def write_onnx(program: ExportedProgram, graph: Graph, path: Path, info: dict) -
 
 
 def name_dimensions(model, graph: Graph) -> None:
-    """The tracer's ``s6`` and ``s73`` become ``height`` and ``width``; its terms for sizes inside go,
-    as not all readers understand them."""
+    """The tracer's ``s6`` and ``s73`` become ``height`` and ``width``; its terms for sizes inside,
+    which not all readers understand, go."""
     axes = (0, 1, 2) if graph.preprocess else (0, 2, 3)
     dims = model.graph.input[0].type.tensor_type.shape.dim
     words = {dims[i].dim_param: n for i, n in zip(axes, ('batch', 'height', 'width'), strict=True)}
@@ -133,7 +134,8 @@ def name_dimensions(model, graph: Graph) -> None:
     pattern = re.compile(rf'\b({"|".join(words)})\b')
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
-            dim.dim_param = pattern.sub(lambda m: words[m[0]], dim.dim_param)
+            if dim.dim_param:
+                dim.dim_param = pattern.sub(lambda m: words[m[0]], dim.dim_param)
 
 
 def write_openvino(program: ExportedProgram, graph: Graph, path: Path, info: dict) -> None:
@@ -252,4 +254,7 @@ def merge(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with nothing left to merge, whichever form it has."""
     merged = reparameterize(model) if has_branches(model) else copy.deepcopy(model)
     absorb_output_norms(merged)
+    for module in merged.modules():  # those of necks and heads
+        if isinstance(module, ConvModule) and module.order[:2] == ('conv', 'norm'):
+            fuse_conv_bn(module)
     return merged

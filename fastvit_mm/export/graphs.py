@@ -100,16 +100,17 @@ class Segmentor(Graph):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.head = self.model.decode_head
-        if isinstance(self.head, nn.ModuleList):
+        head = self.model.decode_head
+        if isinstance(head, nn.ModuleList):
             raise FastViTError('a cascade of decode heads cannot be exported')
-        if self.names == ('labels',) and self.head.out_channels == 1:
+        if self.names == ('labels',) and head.out_channels == 1:
             raise FastViTError('a binary segmentor has a threshold, not labels: export its logits')
+        self.align_corners = head.align_corners
 
     def outputs(self, x):
         logits = self.run(x)
         logits = F.interpolate(
-            logits, x.shape[-2:], mode='bilinear', align_corners=self.head.align_corners
+            logits, x.shape[-2:], mode='bilinear', align_corners=self.align_corners
         )
         return (logits.argmax(1) if self.names == ('labels',) else logits,)
 

@@ -18,9 +18,10 @@ from .formats import FORMATS, KEY, merge, require
 from .graphs import Graph, graph_of, normalization
 from .runtime import Session
 
-#: What mmdet's own prediction and an exported detector may differ by (issued figures, not rounding:
-#: rounding moves a box a little, and with it the pixels on the rim of its mask).
-BOX, SCORE, MASK = 0.5, 1e-3, 0.99
+#: What mmdet's own prediction and an exported detector may differ by: pixels, score, and overlap
+#: of masks. Rounding moves a box a little and with it the rim of its mask, so that masks which
+#: differ by no more pixels than RIM count as the same.
+BOX, SCORE, MASK, RIM = 0.5, 1e-3, 0.99, 2
 
 
 @dataclass
@@ -57,7 +58,7 @@ def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> 
     info = session.info
     if info['task'] == 'detector':
         pairs = [detections(model, session, image) for image in images]
-        return merge_detections(pairs)
+        return compare_detections(pairs, model.test_cfg.rcnn)
     output = info['outputs'][0]
     reference = graph_of(copy.deepcopy(model), output=output).eval()
     exact = copy.deepcopy(reference).double()
@@ -107,27 +108,36 @@ def detections(model: nn.Module, session: Session, image: np.ndarray) -> tuple[d
     return wanted, session(given if session.info['preprocess'] else normalize(model, image))
 
 
-def merge_detections(pairs: list[tuple[dict, dict]]) -> Verdict:
+def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict) -> Verdict:
     count = lost = 0
     box = score = 0.0
     mask = 1.0
     for wanted, got in pairs:
         rows, columns = match(wanted, got)
         count += len(rows)
-        lost += len(wanted['boxes']) + len(got['boxes']) - 2 * len(rows)
+        lost += missed(wanted, rows, cfg) + missed(got, columns, cfg)
         if len(rows):
             box = max(box, float((wanted['boxes'][rows] - got['boxes'][columns]).abs().max()))
             score = max(score, float((wanted['scores'][rows] - got['scores'][columns]).abs().max()))
-            if 'masks' in wanted:
-                a, b = wanted['masks'][rows].flatten(1), got['masks'][columns].flatten(1)
-                union = (a | b).sum(1)
-                overlap = (a & b).sum(1) / union.clamp(min=1)
-                mask = min(mask, float(overlap[union > 0].min())) if (union > 0).any() else mask
+        if 'masks' in wanted:
+            a, b = wanted['masks'][rows].flatten(1), got['masks'][columns].flatten(1)
+            large = (a ^ b).sum(1) > RIM
+            overlap = (a & b).sum(1)[large] / (a | b).sum(1)[large]
+            mask = min([mask, *overlap.tolist()])
     text = (
         f'{count} detections matched, {lost} not; boxes within {box:.1e} pixel, scores within '
         f'{score:.1e}, masks overlap at least {mask:.4f}'
     )
     return Verdict(not lost and box <= BOX and score <= SCORE and mask >= MASK, text)
+
+
+def missed(found: dict, matched: np.ndarray, cfg: dict) -> int:
+    """How many have no counterpart, but for those that rounding puts on or off the list."""
+    scores = found['scores']
+    full = len(scores) == cfg.max_per_img
+    edge = scores.min() if full else cfg.score_thr
+    alone = np.setdiff1d(np.arange(len(scores)), matched)
+    return int((scores[alone] > edge + SCORE).sum())
 
 
 def match(wanted: dict, got: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +150,7 @@ def match(wanted: dict, got: dict) -> tuple[np.ndarray, np.ndarray]:
     other = wanted['labels'][:, None] != got['labels'][None]
     gap = gap.masked_fill(other, 1e6)
     rows, columns = linear_sum_assignment(gap)
-    near = (gap[rows, columns] <= 1e5).numpy()
+    near = (gap[rows, columns] <= BOX + SCORE).numpy()
     return rows[near], columns[near]
 
 
@@ -153,10 +163,13 @@ def verify_coreml(model: nn.Module, path: Path) -> Verdict:
     found, wanted = operators(package.get_spec()), expected_operators(graph)
     eps = torch.finfo(torch.float16 if info['half'] else torch.float32).eps
     stored = coremltools.optimize.coreml.get_weights_metadata(package, weight_threshold=0)
-    stored = {name: torch.from_numpy(np.array(w.val)) for name, w in stored.items()}
+    stored = {
+        name.removesuffix('_to_fp16'): torch.from_numpy(np.array(w.val))
+        for name, w in stored.items()
+    }
     worst, missing = 0.0, []
     for name, weight in graph.model.named_parameters():
-        twin = stored.get('model_' + name.replace('.', '_'))
+        twin = stored.get('p_model_' + name.replace('.', '_'))
         if twin is None or twin.numel() != weight.numel():
             missing.append(name)
             continue
