@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
     parser.add_argument('--half', action='store_true', help='ours in bf16 against ours in fp32')
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(args, report: Report) -> None:
     if 'graph' in args.modes and not args.device.startswith('cuda'):
         raise FastViTError('--modes graph is for CUDA graphs: add --device cuda')

@@ -80,7 +80,7 @@ def attention_memory(model: nn.Module, size: tuple[int, int], device: str) -> di
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(args, report: Report) -> None:
     if len(args.sizes) < 2:
         raise FastViTError('--sizes: growth needs two sizes or more')
