@@ -29,7 +29,7 @@ class ScaledFFN(nn.Module):
         self.layer_scale = LayerScale(3, 1.0)
 
     def forward(self, x):
-        return self.mlp(x, self.layer_scale)
+        return self.mlp(x, self.layer_scale, nn.Identity())
 
 
 BLOCKS = {

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_mm.errors import FastViTError
 
+from .fused_inference import Conv2d, Linear, pack
 from .fused_training import convolve, feed_forward, fits
 from .rep_conv import (
     ConvBN,
@@ -30,6 +31,7 @@ from .rep_conv import (
     bn_affine,
     build_bn,
     exact,
+    is_exact_gelu,
     set_fused,
 )
 
@@ -158,26 +160,31 @@ class Downsample(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Depthwise 7x7 + BN, then two pointwise convolutions, (B, C, H, W) (section 3.2.3)."""
+    """x plus: depthwise 7x7 + BN, two pointwise convolutions, layer scale; (B, C, H, W)
+    (section 3.2.3)."""
 
     fused = True
 
     def __init__(self, dim, hidden, *, norm_cfg, act_cfg, deploy=False):
         super().__init__()
         self.conv = ConvBN(dim, dim, 7, groups=dim, norm_cfg=norm_cfg, deploy=deploy)
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc1 = Conv2d(dim, hidden, 1)
         self.act = build_activation_layer(act_cfg)
-        self.exact_gelu = type(self.act) is nn.GELU and self.act.approximate == 'none'
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.exact_gelu = is_exact_gelu(self.act)
+        self.fc2 = Conv2d(hidden, dim, 1)
 
-    def forward(self, x: Tensor, layer_scale: nn.Module) -> Tensor:
-        conv = self.conv
+    def forward(self, x: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
+        conv, fc2 = self.conv, self.fc2
         fused = self.fused and self.training and conv.reparam_conv is None
         if fused and self.exact_gelu and fits(x, [conv.bn]):
-            fc2, gamma = self.fc2, layer_scale.gamma
+            gamma = layer_scale.gamma
             weight, bias = fc2.weight * gamma[..., None], fc2.bias * gamma.flatten()
-            return feed_forward(conv.convolve(x), conv.bn, self.fc1, weight, bias)
-        return layer_scale(self.fc2(self.act(self.fc1(conv(x)))))
+            y = feed_forward(conv.convolve(x), conv.bn, self.fc1, weight, bias)
+            return x + drop_path(y)
+        y = self.fc1(conv(x), gelu=True) if self.exact_gelu else self.act(self.fc1(conv(x)))
+        if isinstance(layer_scale, nn.Identity) and not self.training:
+            return fc2(y, add=x)
+        return x + drop_path(layer_scale(fc2(y)))
 
 
 class Attention(nn.Module):
@@ -188,16 +195,18 @@ class Attention(nn.Module):
         self.num_heads = dim // HEAD_WIDTH
         # Deployed, the norm before qkv leaves a bias and the scale is in q's weights.
         self.scale = 1.0 if deploy else HEAD_WIDTH**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=deploy)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=deploy)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        """``skip``: add x."""
         B, C, H, W = x.shape
-        qkv = self.qkv(x.flatten(2).transpose(1, 2))  # B, N, 3C
+        tokens = x.flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens)  # B, N, 3C
         qkv = qkv.view(B, H * W, 3, self.num_heads, HEAD_WIDTH)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, heads, N, 32
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        x = self.proj(x.transpose(1, 2).reshape(B, H * W, C))
+        x = self.proj(x.transpose(1, 2).reshape(B, H * W, C), add=tokens if skip else None)
         return x.transpose(1, 2).reshape(B, C, H, W)
 
     @torch.no_grad()
@@ -234,8 +243,7 @@ class RepMixerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.token_mixer(x)
-        return x + self.drop_path(self.mlp(x, self.layer_scale))
+        return self.mlp(self.token_mixer(x), self.layer_scale, self.drop_path)
 
     def switch_to_deploy(self) -> None:
         if isinstance(self.layer_scale, LayerScale):
@@ -256,8 +264,11 @@ class AttentionBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm(x))))
-        return x + self.drop_path(self.mlp(x, self.layer_scale_2))
+        if isinstance(self.layer_scale_1, nn.Identity) and not self.training:
+            x = self.token_mixer(x, skip=True)
+        else:
+            x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm(x))))
+        return self.mlp(x, self.layer_scale_2, self.drop_path)
 
     def switch_to_deploy(self) -> None:
         if isinstance(self.norm, _BatchNorm):
@@ -414,6 +425,8 @@ class FastViT(BaseModule):
                 self.add_module(f'norm{i}', build_bn(norm_cfg, widths[i]))
 
         set_fused(self, fused_training)
+        if deploy:
+            pack(self)
         self.reset_parameters()
         self.freeze()
 
@@ -447,10 +460,13 @@ class FastViT(BaseModule):
 
         Exact algebra on the running statistics; any dtype and device; harmless when done twice.
         ``feature_norm`` stays: it follows a residual sum whose terms are also used without it.
+        Without gradients on a CPU it then runs by :mod:`.fused_inference`: who changes weights
+        through ``weight.data`` calls ``eval()`` or ``train()`` afterwards, as hooks do.
         """
         for module in list(self.modules()):
             if module is not self and hasattr(module, 'switch_to_deploy'):
                 module.switch_to_deploy()
+        pack(self)
 
     def training_form(self) -> 'FastViT':
         """A fresh network of the same shape with all its branches and without output norms."""

@@ -5,6 +5,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from .fused_inference import pack
 from .rep_conv import MobileOneBlock, set_fused
 
 
@@ -48,6 +49,8 @@ class FastViTNeck(BaseModule):
             deploy=deploy,
         )
         set_fused(self, fused_training)
+        if deploy:
+            pack(self)
 
     def forward(self, feats: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = self.final_conv(feats[-1])
@@ -60,3 +63,4 @@ class FastViTNeck(BaseModule):
     def switch_to_deploy(self) -> None:
         """Merge the block's branches in place; harmless when done twice."""
         self.final_conv.switch_to_deploy()
+        pack(self)

@@ -16,6 +16,7 @@ from torchvision.ops import SqueezeExcitation
 
 from fastvit_mm.errors import FastViTError
 
+from .fused_inference import Conv2d
 from .fused_training import Term, computed_in, convolve, fits, normalized_sum, patch_sum
 
 
@@ -50,6 +51,10 @@ def set_fused(network: nn.Module, fused: bool) -> None:
     for module in network.modules():
         if hasattr(module, 'fused'):
             module.fused = fused
+
+
+def is_exact_gelu(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == 'none'
 
 
 class LayerScale(nn.Module):
@@ -88,7 +93,7 @@ class RepConv(nn.Module):
             padding=kernel_size // 2,
             groups=groups,
         )
-        self.reparam_conv = nn.Conv2d(**self.geometry) if deploy else None
+        self.reparam_conv = Conv2d(**self.geometry) if deploy else None
 
     def branches(self) -> Iterable[tuple[float | Tensor, nn.Module | None]]:
         """(factor, module) of each branch; a module of None is the identity."""
@@ -190,7 +195,7 @@ class RepConv(nn.Module):
             return
         weight, bias = self.merged()
         like = next(self.parameters())
-        conv = nn.Conv2d(**self.geometry, device=like.device, dtype=like.dtype)
+        conv = Conv2d(**self.geometry, device=like.device, dtype=like.dtype)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         self.drop_branches()
@@ -271,6 +276,7 @@ class MobileOneBlock(RepConv):
             else nn.Identity()
         )
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.gelu_follows = is_exact_gelu(self.act) and not se_reduction
 
     def branches(self):
         for branch in (self.identity, self.conv_scale, *(self.conv_kxk or ())):
@@ -278,6 +284,8 @@ class MobileOneBlock(RepConv):
                 yield 1.0, branch
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.reparam_conv is not None and self.gelu_follows:
+            return self.reparam_conv(x, gelu=True)
         return self.act(self.se(super().forward(x)))
 
     def drop_branches(self) -> None:

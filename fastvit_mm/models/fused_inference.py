@@ -1,0 +1,108 @@
+"""The deploy form's convolutions on a CPU: same numbers, sooner.
+
+PyTorch hands oneDNN weights in its own order, which oneDNN has to rearrange in every call, and
+writes a convolution's result to memory only to read it again for GELU or a residual. Both are most
+of what a small batch costs beyond arithmetic. Here the weights are rearranged once and the rest
+happens inside the convolution, by the operators that torch.compile generates for the CPU.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+mkldnn = torch.ops.mkldnn
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN may compute on its own: on a CPU, nobody needs gradients or a trace."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_in_torch_dispatch_mode()  # counts or replaces PyTorch's own operators
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+class Packed(nn.Module):
+    """Keeps ``weight`` rearranged, beside it, for as long as it stays what it was.
+
+    Only after :func:`pack`, since writing through ``weight.data`` (an averaging hook, say) leaves
+    no trace: ``train()`` and ``eval()`` forget the rearranged weight, and have to follow that.
+    """
+
+    packs = False
+    packed: tuple | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        return self.packs and fits(x, self.weight)
+
+    def packed_weight(self, rearrange, *args) -> Tensor:
+        weight = self.weight
+        version = None if weight.is_inference() else weight._version
+        now = (weight.data_ptr(), version, weight.dtype)
+        if self.packed is None or self.packed[0] != now:
+            self.packed = now, rearrange(weight.detach(), *args)
+        return self.packed[1]
+
+    def train(self, mode: bool = True):
+        self.packed = None
+        return super().train(mode)
+
+    def __getstate__(self):
+        """Without the rearranged weight: it cannot be copied or saved, and is soon made again."""
+        return {k: v for k, v in self.__dict__.items() if k != 'packed'}
+
+
+def pack(network: nn.Module) -> None:
+    """Let every convolution and linear layer of a deploy form rearrange its weight."""
+    for module in network.modules():
+        if isinstance(module, Packed):
+            module.packs = True
+
+
+class Conv2d(Packed, nn.Conv2d):
+    """A convolution that can take in what follows it: ``gelu(conv(x)) + add``.
+
+    (B, C, H, W) to (B, C', H', W'), the shape of ``add``; ``gelu`` is the exact one.
+    """
+
+    def forward(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
+        if not self.fits(x):
+            y = super().forward(x)
+            y = F.gelu(y) if gelu else y
+            return y if add is None else add + y
+        x = x.contiguous(memory_format=torch.channels_last)
+        args = self.padding, self.stride, self.dilation, self.groups
+        weight = self.packed_weight(mkldnn._reorder_convolution_weight, *args, list(x.shape))
+        act = ('gelu', [], 'none') if gelu else ('none', [], '')
+        if add is None:
+            return mkldnn._convolution_pointwise(x, weight, self.bias, *args, *act)
+        if gelu:
+            return add + self(x, gelu)
+        add = add.contiguous(memory_format=torch.channels_last)
+        after = 'add', 1.0, None, [], None
+        return mkldnn._convolution_pointwise(x, add, weight, self.bias, *args, *after)
+
+
+class Linear(Packed, nn.Linear):
+    """A linear layer of (B, N, C), ``linear(x) + add``."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if not self.fits(x):
+            y = super().forward(x)
+            return y if add is None else add + y
+        weight = self.packed_weight(mkldnn._reorder_linear_weight, x[..., 0].numel())
+        if add is None:
+            return mkldnn._linear_pointwise(x, weight, self.bias, 'none', [], '')
+        return mkldnn._linear_pointwise(x, add, weight, self.bias, 'add')
