@@ -203,7 +203,11 @@ def expected_operators(graph: Graph) -> Counter:
     """How often one forward pass calls each kind of module."""
     calls = Counter()
     handles = [
-        module.register_forward_hook(lambda m, *_, kind=kind: calls.update([kind]))
+        module.register_forward_hook(
+            # with `gelu` a convolution of the deploy form computes what follows it, too
+            lambda m, _, kwargs, out, kind=kind: calls.update([kind, *COUNTED.keys() & kwargs]),
+            with_kwargs=True,
+        )
         for module in graph.modules()
         for kind, classes in COUNTED.items()
         if isinstance(module, classes)
