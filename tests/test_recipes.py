@@ -174,7 +174,7 @@ def test_settings_of_the_variant(path):
         assert resize.scale == int(size / ratio)
         assert (resize.backend, resize.interpolation) == ('pillow', 'bicubic')
     crop = cfg.train_dataloader.dataset.pipeline[1]
-    assert (crop.type, crop.scale, crop.interpolation) == ('RandomResizedCrop', size, 'bicubic')
+    assert (crop.type, crop.scale, crop.interpolation) == ('FastRandomResizedCrop', size, 'bicubic')
 
     (ema,) = [h for h in cfg.custom_hooks if h.type == 'EMAHook']
     assert 1 - ema.momentum == pytest.approx(0.9995) and ema.update_buffers
@@ -301,7 +301,7 @@ def test_random_crops_are_drawn_alike():
         area, aspect = h * w / image[..., 0].size, np.log(w / h)
         drawn.append((area.mean(), area.std(), aspect.mean(), aspect.std()))
     np.testing.assert_allclose(*drawn, atol=0.02)
-    assert pipeline[2] == dict(type='RandomFlip', prob=0.5, direction='horizontal')
+    assert pipeline[2] == dict(type='FastRandomFlip', prob=0.5, direction='horizontal')
 
 
 def randaugments():

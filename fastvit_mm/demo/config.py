@@ -95,7 +95,7 @@ def scaled(size, factor):
 def soften_augmentation(node):
     """The same augmentations, milder: at full strength they need the config's long schedule."""
     kind = node.get('type')
-    if kind == 'RandomResizedCrop':
+    if kind in ('RandomResizedCrop', 'FastRandomResizedCrop'):
         node['crop_ratio_range'] = (0.5, 1.0)  # a crop of 8 % shows too little of a shape
     elif kind == 'RandomResize':
         node['ratio_range'] = (0.9, 1.1)  # at half its size a shape is a few pixels
@@ -104,7 +104,7 @@ def soften_augmentation(node):
         node.update(brightness_delta=16, contrast_range=mild, saturation_range=mild, hue_delta=9)
     elif kind == 'RandAugment':
         node.update(num_policies=1, magnitude_level=3)
-    elif kind == 'RandomErasing':
+    elif kind in ('RandomErasing', 'FastRandomErasing'):
         node['erase_prob'] = 0.1
     elif kind in ('Mixup', 'CutMix'):
         node['alpha'] = 0.05  # nearly all mixtures are then nearly one of the two images

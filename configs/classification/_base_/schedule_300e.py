@@ -1,5 +1,5 @@
 # 5 epochs of warm-up, cosine to epoch 300, 10 epochs more at the minimum rate.
-_base_ = '../../_base_/runtime.py'
+_base_ = 'runtime.py'
 
 optim_wrapper = dict(
     type='OptimWrapper',

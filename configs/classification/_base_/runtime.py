@@ -1,0 +1,2 @@
+_base_ = '../../_base_/runtime.py'
+custom_imports = dict(imports=['fastvit_mm.transforms'])
