@@ -14,6 +14,10 @@ from torchvision.ops import nms, roi_align
 from fastvit_mm.errors import FastViTError
 
 
+#: Score of what fills up a list; no logit is as low.
+NEVER = -1e30
+
+
 class Graph(nn.Module):
     """A model's way from image to outputs.
 
@@ -124,7 +128,7 @@ class Detector(Graph):
     model with a mask head.
 
     Where :mod:`mmdet` branches on the number of boxes, this keeps the number fixed and marks what
-    does not count by a score of -1.
+    does not count by the score :data:`NEVER`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -189,12 +193,13 @@ class Detector(Graph):
         scores_of, deltas_of = self.model.rpn_head(feats)
         for i, (score, delta) in enumerate(zip(scores_of, deltas_of, strict=True)):
             anchors = self.anchors_at(i, score.shape[-2:]).to(score)
-            score = score[0].permute(1, 2, 0).sigmoid().clone(memory_format=torch.contiguous_format)
+            # Ranked by its logit: of small ones, ONNX Runtime's sigmoid keeps one or two digits.
+            score = score[0].permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
             delta = delta[0].permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
             score, delta = score.view(-1), delta.view(-1, 4)
             if cfg.nms_pre > 0:
                 # as many everywhere, so that a level of any size can give its best
-                score = F.pad(score, (0, cfg.nms_pre), value=-1.0)
+                score = F.pad(score, (0, cfg.nms_pre), value=NEVER)
                 delta, anchors = (F.pad(t, (0, 0, 0, cfg.nms_pre)) for t in (delta, anchors))
                 score, best = score.topk(cfg.nms_pre)
                 delta, anchors = delta[best], anchors[best]
@@ -204,12 +209,12 @@ class Detector(Graph):
         boxes, scores = torch.cat(all_boxes), torch.cat(all_scores)
         if cfg.min_bbox_size >= 0:
             big = ((boxes[:, 2:] - boxes[:, :2]) > cfg.min_bbox_size).all(1)
-            scores = torch.where(big, scores, -1.0)
+            scores = torch.where(big, scores, NEVER)
         kept = nms(apart(boxes, torch.cat(levels), size), scores, cfg.nms.iou_threshold)
         chosen = torch.zeros_like(scores).index_fill(0, kept, 1.0)
-        scores = torch.where(chosen > 0, scores, -1.0)
-        scores, best = F.pad(scores, (0, cfg.max_per_img), value=-1.0).topk(cfg.max_per_img)
-        return F.pad(boxes, (0, 0, 0, cfg.max_per_img))[best], scores >= 0
+        scores = torch.where(chosen > 0, scores, NEVER)
+        scores, best = F.pad(scores, (0, cfg.max_per_img), value=NEVER).topk(cfg.max_per_img)
+        return F.pad(boxes, (0, 0, 0, cfg.max_per_img))[best], scores > NEVER
 
     def anchors_at(self, level, feat_size):
         rows, columns = (torch.arange(n) * self.strides[level] for n in feat_size)

@@ -77,7 +77,8 @@ def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> 
         same = reduced(normalized)[0] if reduced is not None else wanted
         worst = max(worst, *(apart(one[None], wanted) for one in got))
         rounding = max(rounding, apart(same, truth))
-    limit = 10 * max(rounding, torch.finfo(torch.float32).eps)
+    least = 1 / wanted.numel() if output == 'labels' else torch.finfo(torch.float32).eps
+    limit = 10 * max(rounding, least)
     what = 'share of differing pixels' if output == 'labels' else 'largest relative difference'
     return Verdict(worst <= limit, f'{what} {worst:.1e} (rounding explains {limit:.1e})')
 
