@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.reparameterize import absorb_output_norms, has_branches, reparameterize
 
-from .graphs import Detector, Graph, graph_of
+from .graphs import Detector, Graph, graph_of, is_detector
 
 #: What ONNX files are written in; the first with Gelu as one operator.
 OPSET = 20
@@ -217,7 +217,7 @@ def export(
         batch: number of images that the file takes at once.
         dynamic: any number of images of any size. A detector takes one, of any size, always.
         preprocess: take uint8 RGB, (B, H, W, 3), and normalize it inside.
-        half: float16 (``torch``: bfloat16) inside; inputs and outputs stay as they are.
+        half: float16 inside (``torch``: bfloat16, but for detectors), inputs and outputs as ever.
         output: of a classifier ``logits`` or ``probabilities``, of a segmentor ``logits`` or
             ``labels``; the first by default.
 
@@ -229,8 +229,9 @@ def export(
     """
     path, chosen = Path(path), FORMATS[format]
     model = merge(model)
-    graph = graph_of(model, preprocess, chosen.half if half else None, output)
-    detector = isinstance(graph, Detector)
+    detector = is_detector(model)
+    dtype = torch.float16 if detector and chosen.half else chosen.half  # boxes need its digits
+    graph = graph_of(model, preprocess, dtype if half else None, output)
     dynamic = dynamic or detector
     if detector and batch != 1:
         raise FastViTError('a detector takes one image at a time: leave out --batch')

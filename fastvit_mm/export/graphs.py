@@ -13,7 +13,6 @@ from torchvision.ops import nms, roi_align
 
 from fastvit_mm.errors import FastViTError
 
-
 #: Score of what fills up a list; no logit is as low.
 NEVER = -1e30
 
@@ -315,6 +314,10 @@ def paste(crops: Tensor, boxes: Tensor, size) -> Tensor:
     return rows @ crops @ columns.transpose(1, 2)
 
 
+def is_detector(model: nn.Module) -> bool:
+    return hasattr(model, 'rpn_head') and hasattr(model, 'roi_head')
+
+
 def graph_of(
     model: nn.Module,
     preprocess: bool = False,
@@ -326,7 +329,7 @@ def graph_of(
     Raises:
         FastViTError: a model that none of the graphs fits.
     """
-    if hasattr(model, 'rpn_head') and hasattr(model, 'roi_head'):
+    if is_detector(model):
         kind = Detector
     elif hasattr(model, 'decode_head'):
         kind = Segmentor

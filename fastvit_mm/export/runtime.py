@@ -13,7 +13,7 @@ from fastvit_mm.errors import FastViTError
 from fastvit_mm.weights import one_line
 
 from .formats import KEY, require
-from .graphs import normalization
+from .graphs import is_detector, normalization
 
 #: Files that this machine can run.
 SUFFIXES = ('.onnx', '.pt2', '.xml')
@@ -145,7 +145,7 @@ def attach(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def task_of(model: nn.Module) -> str:
-    if hasattr(model, 'rpn_head'):
+    if is_detector(model):
         return 'detector'
     return 'segmentor' if hasattr(model, 'decode_head') else 'classifier'
 
