@@ -8,20 +8,22 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmpretrain.registry import TRANSFORMS
+from mmpretrain.registry import MODELS, TRANSFORMS
+from mmpretrain.structures import DataSample
 from test_configs import CONFIGS, ROOT
 
 import fastvit_mm.transforms  # noqa: F401  (registers them)
 from fastvit_mm.demo.config import soften_augmentation
 
 CLASSIFICATION = [c for c in CONFIGS if 'classification' in c]
+NAMES = ('', 'Fast')
 IMAGE = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
 
 
 def pair(**cfg):
     """mmpretrain's transform of ``type`` and the cheaper one."""
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        return [TRANSFORMS.build({**cfg, 'type': p + cfg['type']}) for p in ('', 'Fast')]
+        return [TRANSFORMS.build({**cfg, 'type': p + cfg['type']}) for p in NAMES]
 
 
 @pytest.mark.parametrize('backend', ['pillow', 'cv2'])
@@ -118,10 +120,44 @@ def test_only_the_rectangle_is_erased():
         np.testing.assert_array_equal(*hits)
 
 
+@pytest.mark.parametrize('to_rgb', [True, False])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float])
+@pytest.mark.parametrize('channels', [3, 1])
+def test_batches_are_the_same(to_rgb, dtype, channels):
+    """Stacked by the workers or not, with mixed labels; what comes in stays as it is."""
+    settings = dict(
+        mean=[123.675, 116.28, 103.53][:channels],
+        std=[58.395, 57.12, 57.375][:channels],
+        to_rgb=to_rgb,
+        num_classes=5,
+        pad_size_divisor=32,
+        batch_augments=dict(augments=dict(type='Mixup', alpha=0.8)),
+    )
+    images = torch.randint(0, 256, (4, channels, 30, 40)).to(dtype)
+    before = images.clone()
+    theirs, ours = (MODELS.build(dict(type=p + 'ClsDataPreprocessor', **settings)) for p in NAMES)
+    for inputs in (images, list(images)):
+        for training in (True, False):
+            got = []
+            for preprocessor in (theirs, ours):
+                np.random.seed(0)
+                torch.manual_seed(0)
+                samples = [DataSample().set_gt_label(i) for i in range(4)]
+                got.append(preprocessor(dict(inputs=inputs, data_samples=samples), training))
+            a, b = got
+            assert torch.equal(a['inputs'], b['inputs']) and b['inputs'].shape[2:] == (32, 64)
+            for x, y in zip(a['data_samples'], b['data_samples'], strict=True):
+                assert torch.equal(x.gt_score, y.gt_score)
+    assert torch.equal(images, before)
+    assert (ours.to_rgb, ours._enable_normalize) == (to_rgb, True)
+
+
 @pytest.mark.parametrize('path', CLASSIFICATION)
 def test_configs_train_with_them(path):
-    pipeline = Config.fromfile(ROOT / path).train_dataloader.dataset.pipeline
-    assert [step.type for step in pipeline] == [
+    cfg = Config.fromfile(ROOT / path)
+    assert cfg.data_preprocessor.type == 'FastClsDataPreprocessor'
+    assert cfg.train_dataloader.collate_fn.type == 'default_collate'
+    assert [step.type for step in cfg.train_dataloader.dataset.pipeline] == [
         'LoadImageFromFile',
         'FastRandomResizedCrop',
         'FastRandomFlip',
@@ -137,10 +173,11 @@ def test_configs_import_them(name, tmp_path):
     path = ROOT / f'configs/classification/fastvit_{name}_in1k.py'
     code = f"""
 from mmengine.config import Config
-from mmpretrain.registry import TRANSFORMS
+from mmpretrain.registry import MODELS, TRANSFORMS
 cfg = Config.fromfile({str(path)!r})
 for step in cfg.train_dataloader.dataset.pipeline:
     TRANSFORMS.build(step)
+MODELS.build(cfg.data_preprocessor)
 """
     run = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True

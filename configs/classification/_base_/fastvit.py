@@ -16,7 +16,7 @@ model = dict(
     ),
 )
 data_preprocessor = dict(
-    type='ClsDataPreprocessor',
+    type='FastClsDataPreprocessor',
     num_classes=1000,
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
