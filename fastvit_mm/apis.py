@@ -50,6 +50,8 @@ def init_model(
     if scope == 'mmpretrain':
         from mmpretrain import get_model
 
+        from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
+
         model = get_model(config, device=device)
     elif scope == 'mmdet':
         from mmdet.apis import init_detector

@@ -58,6 +58,8 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg = Config.fromfile(path)
     except Exception as error:
         raise FastViTError(f'config {path} cannot be read: {weights.one_line(error)}') from error
+    if cfg.get('default_scope') == 'mmpretrain':
+        from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
     if args.demo:
         apply_demo(cfg)
     if args.cfg_options:
@@ -141,8 +143,9 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     check_data(cfg, 'test')
     for key in TRAIN_ONLY:
         cfg.pop(key, None)
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'EMAHook']
     exported = Path(checkpoint).suffix in SUFFIXES
+    idle = ('EMAHook', 'ReparameterizeHook') if exported else ('EMAHook',)
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] not in idle]
     cfg.load_from, cfg.resume = None if exported else str(weights.find(checkpoint)), False
     weights.drop_pretrained(cfg.model)
     if 'teacher' in cfg.model:

@@ -73,7 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         half=args.half,
         output=args.output,
     )
-    verdict = verify(model, path, images(cfg, size, info['size'] is None))
+    try:
+        verdict = verify(model, path, images(cfg, size, info['size'] is None))
+    except BaseException:
+        move_aside(path)  # nothing is known of it
+        raise
     if not verdict.explained:
         aside = move_aside(path)
         print(f'{path} does NOT compute what the model does: {verdict.text}; it is now {aside}')

@@ -162,7 +162,7 @@ def write_coreml(program: ExportedProgram, graph: Graph, path: Path, info: dict)
         shape = (info['batch'], 3, *info['size'])
         args['inputs'] = [coremltools.ImageType('image', shape, color_layout='RGB')]
     if graph.names == ('probabilities',) and info['classes']:
-        args['classifier_config'] = coremltools.ClassifierConfig(info['classes'])
+        args['classifier_config'] = coremltools.ClassifierConfig(unique(info['classes']))
     else:
         args['outputs'] = [coremltools.TensorType(name) for name in graph.names]
     precision = coremltools.precision
@@ -175,6 +175,12 @@ def write_coreml(program: ExportedProgram, graph: Graph, path: Path, info: dict)
     )
     model.user_defined_metadata[KEY] = json.dumps(info)
     model.save(str(path))
+
+
+def unique(names: list[str]) -> list[str]:
+    """Core ML keys probabilities by name; ImageNet has two kinds of crane."""
+    seen = set()
+    return [f'{n} ({i})' if n in seen or seen.add(n) else n for i, n in enumerate(names)]
 
 
 class Format:
@@ -227,6 +233,8 @@ def export(
     Raises:
         FastViTError: a package that is missing, or a model that the format cannot hold.
     """
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9):
+        raise FastViTError(f'exporting needs torch 2.9 or newer, this is {torch.__version__}')
     path, chosen = Path(path), FORMATS[format]
     model = merge(model)
     detector = is_detector(model)

@@ -78,11 +78,18 @@ class Graph(nn.Module):
 
 
 def normalization(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (3, 1, 1), of RGB values from 0 to 255."""
+    """Mean and standard deviation, each (3, 1, 1), of RGB values from 0 to 255.
+
+    Raises:
+        FastViTError: a model that wants BGR.
+    """
     preprocessor = model.data_preprocessor
+    converts = ('to_rgb', 'channel_conversion', '_channel_conversion')
+    if not any(getattr(preprocessor, name, False) for name in converts):
+        raise FastViTError('the config leaves images in BGR; exported files take RGB')
     mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
     if mean is None or std is None:
-        raise FastViTError('the config normalizes nothing: export without --with-preprocess')
+        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     return mean.float().view(3, 1, 1), std.float().view(3, 1, 1)
 
 

@@ -23,7 +23,8 @@ def onnx_session(path: Path):
     options = require('onnxruntime', 'onnx').SessionOptions()
     options.log_severity_level = 3
     runtime = require('onnxruntime', 'onnx')
-    session = runtime.InferenceSession(path, options, providers=runtime.get_available_providers())
+    # on the CPU: others may compute in less than float32
+    session = runtime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     info = session.get_modelmeta().custom_metadata_map.get(KEY)
     return info, lambda image: session.run(None, {name: image})
@@ -121,21 +122,20 @@ def attach(model: nn.Module, path: str | Path) -> nn.Module:
     task = session.info['task']
     if task != task_of(model):
         raise FastViTError(f'{path} is a {task}, the config has a {task_of(model)}')
-    classes = session.info['classes']
-    wanted = (getattr(model, 'dataset_meta', None) or {}).get('classes') or classes
-    if len(classes) != len(wanted):
+    classes, wanted = session.info['classes'], NUM_CLASSES[task](model)
+    if classes and len(classes) != wanted:
         raise FastViTError(
-            f'{path} knows {len(classes)} classes, the config {len(wanted)}: give the config that '
+            f'{path} knows {len(classes)} classes, the config {wanted}: give the config that '
             'the file was exported with'
         )
 
     def run(images: Tensor) -> dict[str, Tensor]:
-        images = images.cpu()
+        device, images = images.device, images.cpu()
         if session.info['preprocess']:
             mean, std = (t.cpu() for t in normalization(model))
             images = (images * std + mean).round().clamp(0, 255).to(torch.uint8)
             images = images.permute(0, 2, 3, 1)
-        return session(images)
+        return {name: out.to(device) for name, out in session(images).items()}
 
     ATTACH[task](model, run)
     if classes:
@@ -200,3 +200,8 @@ def attach_detector(model, run):
 
 
 ATTACH = dict(classifier=attach_classifier, segmentor=attach_segmentor, detector=attach_detector)
+NUM_CLASSES = dict(
+    classifier=lambda model: model.head.num_classes,
+    segmentor=lambda model: model.num_classes,
+    detector=lambda model: model.roi_head.bbox_head.num_classes,
+)

@@ -18,6 +18,9 @@ from .formats import FORMATS, KEY, merge, require
 from .graphs import Graph, graph_of, normalization
 from .runtime import Session
 
+#: No rounding explains more: relative difference, or share of pixels.
+LIMIT = 0.05
+
 
 @dataclass
 class Limits:
@@ -93,7 +96,7 @@ def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> 
         worst = max(worst, *(apart(one[None], wanted) for one in got))
         rounding = max(rounding, apart(same, truth))
     least = 1 / wanted.numel() if output == 'labels' else torch.finfo(torch.float32).eps
-    limit = 10 * max(rounding, least)
+    limit = min(10 * max(rounding, least), LIMIT)
     what = 'share of differing pixels' if output == 'labels' else 'largest relative difference'
     return Verdict(worst <= limit, f'{what} {worst:.1e} (rounding explains {limit:.1e})')
 
@@ -140,6 +143,12 @@ def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict, limits: Limits
             large = (a ^ b).sum(1) > limits.rim
             overlap = (a & b).sum(1)[large] / (a | b).sum(1)[large]
             mask = min([mask, *overlap.tolist()])
+    if not count + lost:
+        return Verdict(
+            False,
+            'nothing was detected and so nothing compared: export with --cfg-options '
+            'model.test_cfg.rcnn.score_thr=0 to see',
+        )
     text = (
         f'{count} detections matched, {lost} not; boxes within {box:.1e} pixel, scores within '
         f'{score:.1e}, masks overlap at least {mask:.4f}'

@@ -6,6 +6,8 @@ of what a small batch costs beyond arithmetic. Here the weights are rearranged o
 happens inside the convolution, by the operators that torch.compile generates for the CPU.
 """
 
+from functools import cache
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,6 +17,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 mkldnn = torch.ops.mkldnn
 
 
+@cache
+def has_bf16() -> bool:
+    """Whether the processor has what oneDNN needs for bfloat16."""
+    return mkldnn._is_mkldnn_bf16_supported()
+
+
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN may compute on its own: on a CPU, nobody needs gradients or a trace."""
     return (
@@ -22,7 +30,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_bf16()))
         and x.numel() > 0
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled('cpu')
