@@ -29,7 +29,7 @@ def run(args, report: Report) -> None:
         raise FastViTError('--modes graph is for CUDA graphs: add --device cuda')
     dtypes = ['bf16'] if args.half else args.dtypes
     title = 'times of fp32 / times of bf16' if args.half else "times of timm's / times of ours"
-    ratios = {}
+    ratios, contiguous = {}, {}
     for arch in args.archs:
         models = sides.deployed(arch)
         for size, batch in sides.shapes(args.sizes, args.batch):
@@ -53,4 +53,6 @@ def run(args, report: Report) -> None:
                 report.add(title, {**case, **outcome.row, **speed})
                 kind = f' {dtype} {mode}' if len(dtypes) * len(args.modes) > 1 else ''
                 ratios[f'{arch} {size} x{batch}{kind}'] = outcome.ratio
+                contiguous[f'{arch} {size} x{batch}{kind}'] = outcome.contiguous
+    report.average(f'{title}, contiguous', contiguous)
     report.conclude(title, ratios)

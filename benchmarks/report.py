@@ -83,11 +83,15 @@ class Report:
         share = 100 * achieved / limit if limit else None
         return {'GFLOP/s': achieved, '% of the best GEMM': share}
 
-    def conclude(self, title: str, ratios: dict[str, Spread | str]) -> None:
-        """The geometric mean of ``ratios``, if all could be measured, and their picture."""
+    def average(self, title: str, ratios: dict[str, Spread | str]) -> None:
+        """The geometric mean of ``ratios``, if all could be measured."""
         if all(isinstance(r, Spread) for r in ratios.values()):
             mean = geometric_mean([r.median for r in ratios.values()])
             self.summary[f'{title}, geometric mean of {len(ratios)}'] = mean
+
+    def conclude(self, title: str, ratios: dict[str, Spread | str]) -> None:
+        """The average of ``ratios`` and their picture."""
+        self.average(title, ratios)
         self.panels = bars(ratios, title)
 
     def refusals(self) -> list[str]:

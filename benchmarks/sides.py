@@ -152,11 +152,13 @@ class Outcome:
     Attributes:
         row: columns of a report: times of all calls, the ratio or why there is none, memory.
         ratio: how many times faster the first side is, or why none may be shown.
+        contiguous: the same with both in the layout that PyTorch gives them.
         seconds: median of the first side.
     """
 
     row: dict
     ratio: measure.Spread | str
+    contiguous: measure.Spread | str
     seconds: float
 
 
@@ -182,14 +184,20 @@ def contest(
     refusals = [measure.agree(other, reference, DTYPES[dtype]) for other in others]
     times = measure.interleave(calls, seconds)
     best = {s: measure.fastest(times, *(f'{s}, {layout}' for layout in sides[s])) for s in sides}
-    ratio = next(filter(None, refusals), None)
-    ratio = ratio or measure.ratio(times[best[second]], times[best[first]])
+    refusal = next(filter(None, refusals), None)
+
+    def ratio_of(fast: str, slow: str) -> measure.Spread | str:
+        return refusal or measure.ratio(times[slow], times[fast])
+
+    ratio = contiguous = ratio_of(best[first], best[second])
     row = {f'{name}, ms': measure.milliseconds(own) for name, own in times.items()}
     if len(times) > len(sides):
         row['faster layouts'] = ' / '.join(best[s].removeprefix(f'{s}, ') for s in sides)
+        contiguous = ratio_of(*(f'{side}, {next(iter(own))}' for side, own in sides.items()))
+        row['ratio, contiguous'] = contiguous
     row['ratio'] = ratio
     row['turns'] = len(times[best[first]])
     for side, own in (memory or sides).items():
         call = own[best[side].removeprefix(f'{side}, ')]
         row[f'{side}, peak MB'] = measure.megabytes(measure.peak_memory(call, device))
-    return Outcome(row, ratio, median(times[best[first]]))
+    return Outcome(row, ratio, contiguous, median(times[best[first]]))
