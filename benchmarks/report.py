@@ -97,12 +97,13 @@ class Report:
     def refusals(self) -> list[str]:
         """The rows whose sides gave different outputs."""
         rows = [row for rows in self.tables.values() for row in rows]
-        return [
+        found = (
             f'{next(iter(row.values()))}: {value}'
             for row in rows
             for value in row.values()
             if isinstance(value, str) and value.startswith('no ratio')
-        ]
+        )
+        return list(dict.fromkeys(found))  # a row may hold several ratios
 
     def __str__(self) -> str:
         facts = {**self.machine, **{k: number(v) for k, v in self.limits.items()}}

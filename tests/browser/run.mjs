@@ -1,12 +1,19 @@
 // node run.mjs URL CHROMIUM IMAGE...: what the page says of each image, as JSON.
 // Without CHROMIUM ('') the npm package's; exit code 3 if no browser starts.
+import { readFileSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import puppeteer from 'puppeteer-core'
 
 const [url, chromium, ...images] = process.argv.slice(2)
 
 async function unpacked() {
   process.env.AWS_EXECUTION_ENV = 'AWS_Lambda_nodejs20.x' // else it leaves out its libraries
-  return (await import('@sparticuz/chromium')).default.executablePath()
+  const path = await (await import('@sparticuz/chromium')).default.executablePath()
+  const fonts = join(tmpdir(), 'fonts') // without any, drawing text ends the page
+  const config = join(fonts, 'fonts.conf')
+  writeFileSync(config, readFileSync(config, 'utf8').replaceAll('/tmp/fonts', fonts))
+  return path
 }
 
 const browser = await (async () => puppeteer.launch({
