@@ -108,7 +108,7 @@ def test_subcommands(args, run, tmp_path):
 
 
 def test_refuses_when_outputs_differ(run, monkeypatch, tmp_path):
-    sides = sys.modules['benchmarks.sides']
+    sides = importlib.import_module('benchmarks.sides')
     deployed = sides.deployed
 
     def wrong(arch):
@@ -201,14 +201,14 @@ def test_flops_count_two_for_a_multiply_add(tool):
 
 
 def test_exponent_of_a_power_law(tool):
-    growth = sys.modules['benchmarks.growth']
+    growth = importlib.import_module('benchmarks.growth')
     pixels = [256**2, 512**2, 1024**2]
     assert growth.exponent(pixels, [3 * p**1.5 for p in pixels]) == pytest.approx(1.5)
     assert growth.exponent(pixels, pixels) == pytest.approx(1)
 
 
 def test_attention_holds_no_n_by_n_matrix(run):
-    growth, sides = (sys.modules[f'benchmarks.{name}'] for name in ('growth', 'sides'))
+    growth, sides = (importlib.import_module(f'benchmarks.{name}') for name in ('growth', 'sides'))
     with torch.inference_mode():
         row = growth.attention_memory(sides.deployed('sa12')['ours'], (800, 1333), 'cpu')
     assert (row['N'], row['heads']) == (25 * 42, 16)
