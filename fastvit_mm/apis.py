@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from . import weights
 from .errors import FastViTError
-from .export import SUFFIXES, attach
+from .export import attach, is_exported
 from .reparameterize import reparameterize
 
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
@@ -64,7 +64,7 @@ def init_model(
     else:
         raise FastViTError(f'default_scope {scope!r} is none of mmpretrain, mmdet, mmseg')
     meta = dataset_meta(config, scope)
-    exported = checkpoint is not None and Path(checkpoint).suffix in SUFFIXES
+    exported = is_exported(checkpoint)
     if exported and reparam:
         raise FastViTError(f'{checkpoint} has merged branches already: leave out reparam')
     if checkpoint is not None and not exported:

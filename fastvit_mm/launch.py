@@ -13,7 +13,7 @@ from mmengine.runner import Runner as BaseRunner
 from . import weights
 from .demo import apply_demo
 from .errors import FastViTError
-from .export import SUFFIXES, attach
+from .export import attach, is_exported
 from .reparameterize import unwrap
 
 
@@ -143,7 +143,7 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     check_data(cfg, 'test')
     for key in TRAIN_ONLY:
         cfg.pop(key, None)
-    exported = Path(checkpoint).suffix in SUFFIXES
+    exported = is_exported(checkpoint)
     idle = ('EMAHook', 'ReparameterizeHook') if exported else ('EMAHook',)
     cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] not in idle]
     cfg.load_from, cfg.resume = None if exported else str(weights.find(checkpoint)), False

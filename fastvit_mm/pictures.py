@@ -147,12 +147,16 @@ Row = tuple[str, float, tuple[int, int, int]]  # name, share of one, RGB colour
 
 def top_classes(result: dict, meta: dict) -> list[Row]:
     """The likeliest classes of an image, the first one in the strongest colour."""
-    scores = np.asarray(result['pred_scores'])
-    best = np.argsort(-scores, kind='stable')[:TOP]
+    scores = result['pred_scores']
     return [
         (class_name(meta, label), float(scores[label]), (38, 99, 190) if rank == 0 else BAR)
-        for rank, label in enumerate(best.tolist())
+        for rank, label in enumerate(likeliest(result))
     ]
+
+
+def likeliest(result: dict) -> list[int]:
+    """Labels of the likeliest classes, best first."""
+    return np.argsort(-np.asarray(result['pred_scores']), kind='stable')[:TOP].tolist()
 
 
 def legend(labels: np.ndarray, meta: dict, limit: int) -> list[Row]:

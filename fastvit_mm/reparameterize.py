@@ -39,27 +39,23 @@ def reparameterize(model: nn.Module) -> nn.Module:
     Raises:
         FastViTError: nothing to merge.
     """
-    model = copy.deepcopy(unwrap(model))
-    model.eval()
-    before = set(model.state_dict())
-    for module in mergeable(model).values():
-        module.switch_to_deploy()
-    if set(model.state_dict()) == before:
+    model = unwrap(model)
+    merged = deploy_form(model)
+    if set(merged.state_dict()) == set(model.state_dict()):
         raise FastViTError(
             f'{type(model).__name__} has nothing to reparameterize: no part of it has '
             'branches to merge, or it is already in the deploy form; test it without --reparam'
         )
+    return merged
+
+
+def deploy_form(model: nn.Module) -> nn.Module:
+    """As :func:`reparameterize`, of any model: what has nothing to merge is copied as it is."""
+    model = copy.deepcopy(unwrap(model))
+    model.eval()
+    for module in mergeable(model).values():
+        module.switch_to_deploy()
     return model
-
-
-def has_branches(model: nn.Module) -> bool:
-    """Whether :func:`reparameterize` would change ``model``."""
-    for module in mergeable(unwrap(model)).values():
-        merged = copy.deepcopy(module)
-        merged.switch_to_deploy()
-        if set(merged.state_dict()) != set(module.state_dict()):
-            return True
-    return False
 
 
 @torch.no_grad()

@@ -189,7 +189,7 @@ def encode(mask: np.ndarray) -> dict:
 def results(result, meta: dict, image_id: int) -> list[dict]:
     """A prediction as COCO's results; the ids are explained above."""
     if isinstance(result, dict):
-        best = np.argsort(-result['pred_scores'], kind='stable')[: pictures.TOP].tolist()
+        best = pictures.likeliest(result)
         labels = [pictures.class_name(meta, label) for label in best]
         scores = [float(result['pred_scores'][label]) for label in best]
         ids = [label + 1 for label in best]

@@ -8,7 +8,7 @@ from pathlib import Path
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch
 from fastvit_mm.errors import FastViTError
-from fastvit_mm.export import SUFFIXES
+from fastvit_mm.export import is_exported
 
 # How each package draws predictions: settings of its visualization hook.
 DRAW = {
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     cfg = launch.load_config(args)
-    if args.reparam and Path(args.checkpoint).suffix in SUFFIXES:
+    if args.reparam and is_exported(args.checkpoint):
         raise FastViTError('exported files have merged branches already: leave out --reparam')
     if args.reparam:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]

@@ -1,9 +1,10 @@
 """Writing: one trace of a graph by torch.export, from which every format is made."""
 
-import copy
 import importlib
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from mmcv.cnn import ConvModule, fuse_conv_bn
 from torch.export import Dim, ExportedProgram
 
 from fastvit_mm.errors import FastViTError
-from fastvit_mm.reparameterize import absorb_output_norms, has_branches, reparameterize
+from fastvit_mm.reparameterize import absorb_output_norms, deploy_form
 
-from .graphs import Detector, Graph, graph_of, is_detector
+from .graphs import Detector, Graph, graph_of, kind_of
 
 #: What ONNX files are written in; the first with Gelu as one operator.
 OPSET = 20
@@ -99,8 +100,8 @@ def write_torch(program: ExportedProgram, graph: Graph, path: Path, info: dict) 
 
 
 def write_onnx(program: ExportedProgram, graph: Graph, path: Path, info: dict) -> None:
-    onnx = require('onnx', 'onnx')
-    require('onnxscript', 'onnx')
+    import onnx
+
     torch.onnx.export(
         program,
         (),
@@ -139,8 +140,9 @@ def name_dimensions(model, graph: Graph) -> None:
 
 
 def write_openvino(program: ExportedProgram, graph: Graph, path: Path, info: dict) -> None:
+    import openvino
+
     # by way of ONNX, as OpenVINO's own reader of torch.export knows no NMS
-    openvino = require('openvino', 'openvino')
     onnx_file = path.with_suffix('.onnx.tmp')
     try:
         write_onnx(program, graph, onnx_file, info)
@@ -152,7 +154,8 @@ def write_openvino(program: ExportedProgram, graph: Graph, path: Path, info: dic
 
 
 def write_coreml(program: ExportedProgram, graph: Graph, path: Path, info: dict) -> None:
-    coremltools = require('coremltools', 'coreml')
+    import coremltools
+
     if isinstance(graph, Detector):
         raise FastViTError('Core ML takes classifiers and segmentors: export a detector as ONNX')
     if info['size'] is None:
@@ -183,22 +186,29 @@ def unique(names: list[str]) -> list[str]:
     return [f'{n} ({i})' if n in seen or seen.add(n) else n for i, n in enumerate(names)]
 
 
+@dataclass
 class Format:
-    """A file format: its suffix, its writer, and what ``half`` makes of the network.
+    """A file format.
 
-    The writer gets the trace, the graph, a path and the file's description. ``half`` is the dtype
-    that the network is traced in; None where the writer itself reduces it.
+    Attributes:
+        suffix: of its files.
+        write: from the trace, the graph, a path and the file's description.
+        half: the dtype that ``half`` traces the network in; None where the writer reduces it.
+        needs: the packages that write it, each with the extra of ours that installs it.
     """
 
-    def __init__(self, suffix: str, write, half: torch.dtype | None = None):
-        self.suffix, self.write, self.half = suffix, write, half
+    suffix: str
+    write: Callable[[ExportedProgram, Graph, Path, dict], None]
+    half: torch.dtype | None = None
+    needs: dict[str, str] = field(default_factory=dict)
 
 
+ONNX = dict(onnx='onnx', onnxscript='onnx')
 FORMATS = {
-    'onnx': Format('.onnx', write_onnx, torch.float16),
+    'onnx': Format('.onnx', write_onnx, torch.float16, ONNX),
     'torch': Format('.pt2', write_torch, torch.bfloat16),
-    'openvino': Format('.xml', write_openvino),
-    'coreml': Format('.mlpackage', write_coreml),
+    'openvino': Format('.xml', write_openvino, needs=dict(openvino='openvino') | ONNX),
+    'coreml': Format('.mlpackage', write_coreml, needs=dict(coremltools='coreml')),
 }
 
 
@@ -236,8 +246,10 @@ def export(
     if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9):
         raise FastViTError(f'exporting needs torch 2.9 or newer, this is {torch.__version__}')
     path, chosen = Path(path), FORMATS[format]
+    for package, extra in chosen.needs.items():
+        require(package, extra)
     model = merge(model)
-    detector = is_detector(model)
+    detector = kind_of(model) is Detector
     dtype = torch.float16 if detector and chosen.half else chosen.half  # boxes need its digits
     graph = graph_of(model, preprocess, dtype if half else None, output)
     dynamic = dynamic or detector
@@ -245,7 +257,7 @@ def export(
         raise FastViTError('a detector takes one image at a time: leave out --batch')
     meta = getattr(model, 'dataset_meta', None) or {}
     info = dict(
-        task=type(graph).__name__.lower(),
+        task=graph.task(),
         preprocess=preprocess,
         size=None if dynamic else list(size),
         batch=None if dynamic and not detector else batch,
@@ -261,7 +273,7 @@ def export(
 
 def merge(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with nothing left to merge, whichever form it has."""
-    merged = reparameterize(model) if has_branches(model) else copy.deepcopy(model)
+    merged = deploy_form(model)
     absorb_output_norms(merged)
     for module in merged.modules():  # those of necks and heads
         if isinstance(module, ConvModule) and module.order[:2] == ('conv', 'norm'):

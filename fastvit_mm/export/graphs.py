@@ -40,7 +40,7 @@ class Graph(nn.Module):
         super().__init__()
         if output not in (None, *self.choices):
             known = ' or '.join(self.choices) or 'no choice of outputs'
-            raise FastViTError(f'a {type(self).__name__.lower()} has {known}, not {output!r}')
+            raise FastViTError(f'a {self.task()} has {known}, not {output!r}')
         self.names = (output or self.choices[0],) if self.choices else ()
         self.model = plain_layers(model)
         self.half = half
@@ -51,6 +51,10 @@ class Graph(nn.Module):
             self.register_buffer('std', std)
         if half:
             self.reduce(half)
+
+    @classmethod
+    def task(cls) -> str:
+        return cls.__name__.lower()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         if self.preprocess:
@@ -321,8 +325,22 @@ def paste(crops: Tensor, boxes: Tensor, size) -> Tensor:
     return rows @ crops @ columns.transpose(1, 2)
 
 
-def is_detector(model: nn.Module) -> bool:
-    return hasattr(model, 'rpn_head') and hasattr(model, 'roi_head')
+def kind_of(model: nn.Module) -> type[Graph]:
+    """The graph that fits a model of mmpretrain, mmdet or mmseg.
+
+    Raises:
+        FastViTError: none does.
+    """
+    if hasattr(model, 'rpn_head') and hasattr(model, 'roi_head'):
+        return Detector
+    if hasattr(model, 'decode_head'):
+        return Segmentor
+    if isinstance(model, BaseModule) and hasattr(model, 'head'):
+        return Classifier
+    raise FastViTError(
+        f'{type(model).__name__} cannot be exported: a classifier, a segmentor, '
+        'or a two-stage detector can'
+    )
 
 
 def graph_of(
@@ -331,20 +349,5 @@ def graph_of(
     half: torch.dtype | None = None,
     output: str | None = None,
 ) -> Graph:
-    """The graph of a model, by its package; takes the model over (see :class:`Graph`).
-
-    Raises:
-        FastViTError: a model that none of the graphs fits.
-    """
-    if is_detector(model):
-        kind = Detector
-    elif hasattr(model, 'decode_head'):
-        kind = Segmentor
-    elif isinstance(model, BaseModule) and hasattr(model, 'head'):
-        kind = Classifier
-    else:
-        raise FastViTError(
-            f'{type(model).__name__} cannot be exported: a classifier, a segmentor, '
-            'or a two-stage detector can'
-        )
-    return kind(model, preprocess, half, output)
+    """The graph of a model; takes the model over. Arguments and errors: see :class:`Graph`."""
+    return kind_of(model)(model, preprocess, half, output)

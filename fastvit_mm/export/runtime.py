@@ -13,16 +13,16 @@ from fastvit_mm.errors import FastViTError
 from fastvit_mm.weights import one_line
 
 from .formats import KEY, require
-from .graphs import is_detector, normalization
+from .graphs import kind_of, normalization
 
 #: Files that this machine can run.
 SUFFIXES = ('.onnx', '.pt2', '.xml')
 
 
 def onnx_session(path: Path):
-    options = require('onnxruntime', 'onnx').SessionOptions()
-    options.log_severity_level = 3
     runtime = require('onnxruntime', 'onnx')
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
     # on the CPU: others may compute in less than float32
     session = runtime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
@@ -49,6 +49,11 @@ def openvino_session(path: Path):
 SESSIONS = dict(zip(SUFFIXES, (onnx_session, torch_session, openvino_session), strict=True))
 
 
+def is_exported(path: str | Path | None) -> bool:
+    """Whether a checkpoint's name is that of an exported file."""
+    return path is not None and Path(path).suffix in SUFFIXES
+
+
 class Session:
     """An exported file, ready to run.
 
@@ -62,7 +67,7 @@ class Session:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if self.path.suffix not in SUFFIXES:
+        if not is_exported(path):
             raise FastViTError(f'{path}: only {", ".join(SUFFIXES)} files can be run here')
         if not self.path.exists():
             raise FastViTError(f'{path} does not exist')
@@ -119,9 +124,9 @@ def attach(model: nn.Module, path: str | Path) -> nn.Module:
         FastViTError: as :class:`Session`; a file of another task or with other classes.
     """
     session = Session(path)
-    task = session.info['task']
-    if task != task_of(model):
-        raise FastViTError(f'{path} is a {task}, the config has a {task_of(model)}')
+    task, wanted = session.info['task'], kind_of(model).task()
+    if task != wanted:
+        raise FastViTError(f'{path} is a {task}, the config has a {wanted}')
     classes, wanted = session.info['classes'], NUM_CLASSES[task](model)
     if classes and len(classes) != wanted:
         raise FastViTError(
@@ -142,12 +147,6 @@ def attach(model: nn.Module, path: str | Path) -> nn.Module:
         meta = dict(getattr(model, 'dataset_meta', None) or {}, classes=tuple(classes))
         model.dataset_meta = model._dataset_meta = meta
     return model
-
-
-def task_of(model: nn.Module) -> str:
-    if is_detector(model):
-        return 'detector'
-    return 'segmentor' if hasattr(model, 'decode_head') else 'classifier'
 
 
 def attach_classifier(model, run):

@@ -93,15 +93,15 @@ def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> 
         wanted = reference(normalized)[0]
         truth = exact(normalized.double())[0]
         same = reduced(normalized)[0] if reduced is not None else wanted
-        worst = max(worst, *(apart(one[None], wanted) for one in got))
-        rounding = max(rounding, apart(same, truth))
+        worst = max(worst, *(difference(one[None], wanted) for one in got))
+        rounding = max(rounding, difference(same, truth))
     least = 1 / wanted.numel() if output == 'labels' else torch.finfo(torch.float32).eps
     limit = min(10 * max(rounding, least), LIMIT)
     what = 'share of differing pixels' if output == 'labels' else 'largest relative difference'
     return Verdict(worst <= limit, f'{what} {worst:.1e} (rounding explains {limit:.1e})')
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
     return distance(a, b) if a.is_floating_point() else float((a != b).float().mean())
 
 
