@@ -12,7 +12,7 @@ from mmengine.runner import Runner as BaseRunner
 
 from . import weights
 from .demo import apply_demo
-from .errors import FastViTError
+from .errors import FastViTError, one_line
 from .export import attach, is_exported
 from .reparameterize import unwrap
 
@@ -57,7 +57,7 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
-        raise FastViTError(f'config {path} cannot be read: {weights.one_line(error)}') from error
+        raise FastViTError(f'config {path} cannot be read: {one_line(error)}') from error
     if cfg.get('default_scope') == 'mmpretrain':
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
     if args.demo:

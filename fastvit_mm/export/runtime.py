@@ -9,8 +9,7 @@ import torch.nn as nn
 import torchvision  # noqa: F401  (its operators are in exported detectors)
 from torch import Tensor
 
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.weights import one_line
+from fastvit_mm.errors import FastViTError, one_line
 
 from .formats import KEY, require
 from .graphs import kind_of, normalization

@@ -10,8 +10,7 @@ from mmengine.registry import MODELS
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.weights import one_line
+from fastvit_mm.errors import FastViTError, one_line
 
 
 class Frozen:

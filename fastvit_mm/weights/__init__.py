@@ -1,0 +1,32 @@
+"""Weights from files: read without running code, recognized by their keys, loaded strictly.
+
+Four layouts hold FastViT's weights: the authors', timm's, ours, and whole OpenMMLab models with a
+FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, ``head.*``) here.
+"""
+
+from .files import check_target, find, read, save, state_dict_of
+from .forms import convert
+from .layouts import SHARED, arch_of, authors_to_timm, describe, recognize, timm_to_authors, to_mm
+from .loading import Pretrained, drop_pretrained, load, prepare
+from .states import first
+
+__all__ = [
+    'SHARED',
+    'Pretrained',
+    'arch_of',
+    'authors_to_timm',
+    'check_target',
+    'convert',
+    'describe',
+    'drop_pretrained',
+    'find',
+    'first',
+    'load',
+    'prepare',
+    'read',
+    'recognize',
+    'save',
+    'state_dict_of',
+    'timm_to_authors',
+    'to_mm',
+]

@@ -1,0 +1,191 @@
+"""Weights' files: found, fetched, read without running code, and written wholly or not at all."""
+
+import argparse
+import os
+import pickle
+import re
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor
+
+from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.models import ARCHS
+
+from .states import State
+
+PUBLISHED = (
+    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/'
+    'image_classification_{kind}/fastvit_{arch}.pth.tar'
+)
+KINDS = {'apple_in1k': 'models', 'apple_dist_in1k': 'distilled_models'}
+
+
+def find(source: str | Path) -> Path:
+    """Local path of ``source``: a file, an address, or a short name such as
+    ``fastvit_sa36.apple_in1k`` or ``fastvit_sa36.apple_dist_in1k``.
+
+    Downloads are kept in ``torch.hub.get_dir()``/checkpoints, which TORCH_HOME sets.
+
+    Raises:
+        FastViTError: no such file, or the address cannot be reached.
+    """
+    source = str(source)
+    short = re.fullmatch(r'fastvit_(\w+)\.(\w+)', source)
+    if short and short[1] in ARCHS and short[2] in KINDS:
+        address = PUBLISHED.format(arch=short[1], kind=KINDS[short[2]])
+        # The distilled files have the plain ones' names: keep them apart.
+        cached = Path(torch.hub.get_dir(), 'checkpoints', f'{source}.pth.tar')
+    elif source.startswith(('http://', 'https://')):
+        address = source
+        cached = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(source).path).name)
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            names = f'fastvit_<{"|".join(ARCHS)}>.<{"|".join(KINDS)}>'
+            raise FastViTError(
+                f'checkpoint {source!r} does not exist: give a file, an address or a name {names}'
+            )
+        return path
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(cached))
+        except OSError as error:
+            raise FastViTError(
+                f'cannot fetch {address} ({error}): download it elsewhere and save it as {cached}'
+            ) from error
+    return cached
+
+
+def harmless_types() -> list:
+    """What real checkpoints hold beside tensors; none of it runs code when unpickled."""
+    core = np._core if hasattr(np, '_core') else np.core
+    scalar, rebuild = core.multiarray.scalar, core.multiarray._reconstruct
+    kinds = [np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_]
+    dtypes = {type(np.dtype(k)) for k in kinds}
+    return [
+        argparse.Namespace,
+        HistoryBuffer,
+        (statistic_of, 'builtins.getattr'),
+        (statistic_of, '__builtin__.getattr'),
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        # Both spellings: numpy 2 renamed numpy.core.
+        *[
+            (f, f'numpy.{c}.multiarray.{f.__name__}')
+            for f in (scalar, rebuild)
+            for c in ('core', '_core')
+        ],
+    ]
+
+
+def statistic_of(owner: type, name: str):
+    """Stands in for getattr, with which HistoryBuffer's pickles name its own statistics."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError('Unsupported global: GLOBAL getattr')
+    return getattr(owner, name)
+
+
+def read(source: str | Path) -> dict:
+    """What a checkpoint file holds, on the CPU; no code in it is run.
+
+    Args:
+        source: see :func:`find`; PyTorch's format or ``.safetensors``.
+
+    Raises:
+        FastViTError: the file is damaged, or holds types that are not plain data.
+    """
+    path = find(source)
+    if path.suffix == '.safetensors':
+        return read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals(harmless_types()):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
+            raise FastViTError(
+                f'{path} holds a {refused[1]}, which is not plain data and could run code: '
+                'refused; save its state_dict alone with torch.save'
+            ) from error
+        raise FastViTError(
+            f'{path} is truncated or not a checkpoint ({one_line(error)}): fetch or save it again'
+        ) from error
+
+
+def read_safetensors(path: Path) -> State:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise FastViTError(f'{path} needs safetensors: pip install safetensors') from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FastViTError(f'{path} is truncated or not a safetensors file: {error}') from error
+
+
+def state_dict_of(checkpoint: dict, source) -> State:
+    """The tensors of a checkpoint, without the wrappers that training scripts add."""
+    for key in ('state_dict', 'model', 'state_dict_ema'):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if (
+        not isinstance(checkpoint, dict)
+        or not checkpoint
+        or not all(isinstance(v, Tensor) for v in checkpoint.values())
+    ):
+        raise FastViTError(f'{source} holds no weights: a state_dict of tensors was expected')
+    prefix = 'module.'
+    if all(k.startswith(prefix) for k in checkpoint):
+        checkpoint = {k[len(prefix) :]: v for k, v in checkpoint.items()}
+    return checkpoint
+
+
+def check_target(path: str | Path, force: bool = False) -> Path:
+    """``path`` as a place to save weights.
+
+    Raises:
+        FastViTError: an unknown suffix, or it exists and ``force`` is not set.
+    """
+    path = Path(path).expanduser()
+    if not path.name.endswith(('.pth', '.pth.tar', '.safetensors')):
+        raise FastViTError(f'{path}: give a name that ends in .pth, .pth.tar or .safetensors')
+    if path.exists() and not force:
+        raise FastViTError(f'{path} exists already: give another name, or --force to overwrite it')
+    return path
+
+
+def save(checkpoint: dict, path: str | Path) -> None:
+    """Write a checkpoint, or a state dict alone for ``.safetensors``, wholly or not at all.
+
+    Raises:
+        FastViTError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.safetensors':
+            write_safetensors(state_dict_of(checkpoint, path), part)
+        else:
+            torch.save(checkpoint, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
+        raise FastViTError(f'cannot write {path}: {one_line(error)}') from error
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def write_safetensors(state: State, path: Path) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise FastViTError(f'{path} needs safetensors: pip install safetensors') from error
+    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={'format': 'pt'})

@@ -1,0 +1,147 @@
+"""Whose names a state dict has, and which FastViT: the authors', timm's, or OpenMMLab's.
+
+OpenMMLab's are ``backbone.*``, ``neck.*`` and ``head.*``, those of a whole model.
+"""
+
+import bisect
+import re
+
+from fastvit_mm.errors import FastViTError
+from fastvit_mm.models import ARCHS
+from fastvit_mm.models.fastvit import parse_arch
+
+from .states import State
+
+# The authors' words and timm's: whole parts of a dotted name.
+AUTHORS_TO_TIMM = {
+    'patch_embed': 'stem',
+    'rbr_conv': 'conv_kxk',
+    'rbr_scale': 'conv_scale',
+    'rbr_skip': 'identity',
+    'lkb_origin': 'large_conv',
+    'proj.0.lkb_reparam': 'proj.0.reparam_conv',
+    'pe': 'pos_enc',
+    'convffn': 'mlp',
+    'se.reduce': 'se.fc1',
+    'se.expand': 'se.fc2',
+    'layer_scale': 'layer_scale.gamma',
+    'layer_scale_1': 'layer_scale_1.gamma',
+    'layer_scale_2': 'layer_scale_2.gamma',
+    'conv_exp': 'final_conv',
+    'head.weight': 'head.fc.weight',
+    'head.bias': 'head.fc.bias',
+}
+# What a stage of timm's holds, in this order; each is one entry of the authors' flat network.{i}.
+PARTS = ('downsample', 'pos_emb', 'blocks')
+
+
+def translate(key: str, words: dict[str, str]) -> str:
+    pattern = '|'.join(re.escape(w) for w in words)
+    return re.sub(rf'(?<![^.])(?:{pattern})(?![^.])', lambda m: words[m[0]], key)
+
+
+def authors_to_timm(state: State) -> State:
+    """The authors' keys renamed to timm's."""
+    # A stage begins where a downsampling (proj) stands.
+    cuts = sorted({int(m[1]) for k in state if (m := re.match(r'network\.(\d+)\.proj\.', k))})
+
+    def rename(key: str) -> str:
+        if found := re.match(r'network\.(\d+)\.(?:(proj)|(pe|reparam_conv)|\d+)\.', key):
+            part = PARTS[0 if found[2] else 1 if found[3] else 2]
+            stage = bisect.bisect_right(cuts, int(found[1]))
+            key = f'stages.{stage}.{part}.{key.split(".", 2)[2]}'
+        return translate(key, AUTHORS_TO_TIMM)
+
+    return {rename(k): v for k, v in state.items()}
+
+
+def timm_to_authors(state: State) -> State:
+    """The inverse of :func:`authors_to_timm`."""
+    part_of = re.compile(rf'stages\.(\d+)\.({"|".join(PARTS)})\.')
+    parts = {(m[1], m[2]) for k in state if (m := part_of.match(k))}
+    flat = sorted(parts, key=lambda p: (int(p[0]), PARTS.index(p[1])))
+    words = {theirs: own for own, theirs in AUTHORS_TO_TIMM.items()}
+
+    def rename(key: str) -> str:
+        if found := part_of.match(key):
+            key = f'network.{flat.index(found.groups())}.{key[found.end() :]}'
+        return translate(key, words)
+
+    return {rename(k): v for k, v in state.items()}
+
+
+def recognize(state: State) -> str | None:
+    """'apple', 'timm' (also our bare backbone), 'mm' (a whole model), or None."""
+    if any(k.startswith('patch_embed.0.') for k in state):
+        return 'apple'
+    if any(k.startswith('stem.0.') for k in state):
+        return 'timm'
+    if any(k.startswith('backbone.stem.0.') for k in state):
+        return 'mm'
+    return None
+
+
+def to_mm(state: State, source='the file') -> State:
+    """Any of the layouts to OpenMMLab's names; names already in place stay.
+
+    Raises:
+        FastViTError: no FastViT in it.
+    """
+    layout = recognize(state)
+    if layout is None:
+        raise FastViTError(
+            f'{source} is not a FastViT: its first names are {", ".join(list(state)[:3])}'
+        )
+    if layout == 'mm':
+        return state
+    if layout == 'apple':
+        state = authors_to_timm(state)
+
+    def place(key: str) -> str:
+        if key.startswith('final_conv.'):
+            return f'neck.{key}'
+        return key if key.startswith('head.') else f'backbone.{key}'
+
+    return {place(k): v for k, v in state.items()}
+
+
+# OpenMMLab's names of what the classifiers of timm and the authors have as well.
+SHARED = re.compile(r'backbone\.(?=stem\.|stages\.)|neck\.(?=final_conv\.)|(?=head\.fc\.)')
+
+
+def from_mm(state: State, layout: str) -> State:
+    """OpenMMLab's names to ``layout``, 'timm' or 'apple'; only what is :data:`SHARED`."""
+    state = {k[m.end() :]: v for k, v in state.items() if (m := SHARED.match(k))}
+    return timm_to_authors(state) if layout == 'apple' else state
+
+
+def arch_of(state: State) -> dict:
+    """Settings (:func:`parse_arch`) of the FastViT in a backbone's state dict, in either form.
+
+    Stages that it does not hold have depth 0; the layer scale's initial value cannot be known.
+    """
+    depths, widths, attention = [0] * 4, [0] * 4, [0] * 4
+    ffn_ratio = 0
+    for key, value in state.items():
+        if not (found := re.match(r'stages\.([0-3])\.blocks\.(\d+)\.(.*)', key)):
+            continue
+        stage, block, rest = int(found[1]), int(found[2]), found[3]
+        depths[stage] = max(depths[stage], block + 1)
+        attention[stage] |= rest.startswith('token_mixer.qkv')
+        if rest == 'mlp.fc2.weight':
+            widths[stage], ffn_ratio = value.shape[0], value.shape[1] / value.shape[0]
+    return dict(
+        depths=tuple(depths),
+        widths=tuple(widths),
+        attention=tuple(attention),
+        ffn_ratio=ffn_ratio,
+    )
+
+
+def describe(state: State) -> str:
+    """Which FastViT a backbone's state dict holds, for messages: 'FastViT-SA12'."""
+    arch = arch_of(state)
+    for name in ARCHS:
+        if parse_arch(name) == {**parse_arch(name), **arch}:
+            return f'FastViT-{name.upper()}'
+    return f'a FastViT with depths {list(arch["depths"])} and widths {list(arch["widths"])}'
