@@ -10,6 +10,7 @@ from randomize import randomize, relative
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_mm import FastViT, FastViTNeck
+from fastvit_mm.models import fused_inference
 from fastvit_mm.models.fused_inference import Packed
 
 ARCH = dict(depths=(1, 1, 1, 2), widths=(16, 32, 64, 64), attention=(0, 0, 0, 1), ffn_ratio=3)
@@ -52,6 +53,54 @@ def agree(model, x, limit=2e-5):
 def test_same_numbers(deployed, layout, size):
     agree(deployed, torch.randn(2, 3, *size).contiguous(memory_format=layout))
     agree(deployed, torch.randn(1, 3, *size[::-1]))  # weights rearranged for another size
+
+
+@pytest.mark.slow
+def test_every_size_has_its_order(monkeypatch):
+    """oneDNN wants weights in another order for some sizes; those that want the same share it."""
+    model = FastViT('t8').eval()
+    model.switch_to_deploy()
+    layers = [m for m in model.modules() if isinstance(m, Packed)][1:]  # the stem's are all apart
+    used = {}
+    original = Packed.packed_weight
+
+    def note(self, *args):
+        used[self] = original(self, *args)
+        return used[self]
+
+    monkeypatch.setattr(Packed, 'packed_weight', note)
+
+    def orders(size):
+        with torch.no_grad():
+            model(torch.randn(1, 3, size, size))
+        describe = torch.ops.mkldnn._get_mkldnn_serialized_md
+        return [describe(used[layer]).tolist() for layer in layers]
+
+    sizes = (256, 384, 512)
+    alone = []
+    for size in sizes:
+        model.eval()  # forgets
+        alone.append(orders(size))
+    model.eval()
+    assert [orders(size) for size in sizes] == alone
+    first = [used[layer] for layer in layers]
+    orders(384)
+    assert orders(512) == alone[2]
+    assert all(a is used[layer] for a, layer in zip(first, layers, strict=True)), 'not kept'
+    kept = sum(len(layer.packed.by_order) for layer in layers)
+    assert kept < len(layers) * len(sizes), 'sizes share nothing'
+
+
+def test_memory_of_sizes_is_bounded(monkeypatch):
+    monkeypatch.setattr(fused_inference, 'SIZES', 3)
+    conv = fused_inference.Conv2d(8, 8, 3)
+    fused_inference.pack(conv)
+    with torch.no_grad():
+        for size in (*range(10, 20), 10):
+            x = torch.randn(1, 8, size, size)
+            wanted = torch.nn.functional.conv2d(x, conv.weight, conv.bias)
+            assert relative(conv(x), wanted) < 1e-5
+            assert len(conv.packed.by_size) <= 3
 
 
 def test_half(deployed, x):

@@ -6,6 +6,7 @@ of what a small batch costs beyond arithmetic. Here the weights are rearranged o
 happens inside the convolution, by the operators that torch.compile generates for the CPU.
 """
 
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 mkldnn = torch.ops.mkldnn
+
+#: Sizes that a layer remembers before it starts anew.
+SIZES = 256
 
 
 @cache
@@ -42,6 +46,23 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+@dataclass
+class Rearranged:
+    """A weight in the orders that oneDNN wants.
+
+    They depend on the input's size: with the order of another size a network took up to twice as
+    long. Most sizes want the same, and share it.
+
+    Attributes:
+        of: what tells whether the weight is still the same.
+        by_size, by_order: the weight for an input's size, and by oneDNN's name of its order.
+    """
+
+    of: tuple
+    by_size: dict = field(default_factory=dict)
+    by_order: dict = field(default_factory=dict)
+
+
 class Packed(nn.Module):
     """Keeps ``weight`` rearranged, beside it, for as long as it stays what it was.
 
@@ -50,18 +71,23 @@ class Packed(nn.Module):
     """
 
     packs = False
-    packed: tuple | None = None
+    packed: Rearranged | None = None
 
     def fits(self, x: Tensor) -> bool:
         return self.packs and fits(x, self.weight)
 
-    def packed_weight(self, rearrange, *args) -> Tensor:
+    def packed_weight(self, rearrange, size: int | torch.Size, *args) -> Tensor:
         weight = self.weight
         version = None if weight.is_inference() else weight._version
         now = (weight.data_ptr(), version, weight.dtype)
-        if self.packed is None or self.packed[0] != now:
-            self.packed = now, rearrange(weight.detach(), *args)
-        return self.packed[1]
+        packed = self.packed
+        if packed is None or packed.of != now or len(packed.by_size) == SIZES:
+            self.packed = packed = Rearranged(now)
+        if size not in packed.by_size:
+            fresh = rearrange(weight.detach(), *args, size)
+            order = mkldnn._get_mkldnn_serialized_md(fresh).numpy().tobytes()
+            packed.by_size[size] = packed.by_order.setdefault(order, fresh)
+        return packed.by_size[size]
 
     def train(self, mode: bool = True):
         self.packed = None
@@ -92,7 +118,7 @@ class Conv2d(Packed, nn.Conv2d):
             return y if add is None else add + y
         x = x.contiguous(memory_format=torch.channels_last)
         args = self.padding, self.stride, self.dilation, self.groups
-        weight = self.packed_weight(mkldnn._reorder_convolution_weight, *args, list(x.shape))
+        weight = self.packed_weight(mkldnn._reorder_convolution_weight, x.shape, *args)
         act = ('gelu', [], 'none') if gelu else ('none', [], '')
         if add is None:
             return mkldnn._convolution_pointwise(x, weight, self.bias, *args, *act)
