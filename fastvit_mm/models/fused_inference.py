@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 mkldnn = torch.ops.mkldnn
+# Called by overload: to find one, PyTorch reads a bias as a list of integers, value by value.
+convolution, linear = mkldnn._convolution_pointwise, mkldnn._linear_pointwise
 
 #: Sizes that a layer remembers before it starts anew.
 SIZES = 256
@@ -121,12 +123,12 @@ class Conv2d(Packed, nn.Conv2d):
         weight = self.packed_weight(mkldnn._reorder_convolution_weight, x.shape, *args)
         act = ('gelu', [], 'none') if gelu else ('none', [], '')
         if add is None:
-            return mkldnn._convolution_pointwise(x, weight, self.bias, *args, *act)
+            return convolution.default(x, weight, self.bias, *args, *act)
         if gelu:
             return add + self(x, gelu)
         add = add.contiguous(memory_format=torch.channels_last)
         after = 'add', 1.0, None, [], None
-        return mkldnn._convolution_pointwise(x, add, weight, self.bias, *args, *after)
+        return convolution.binary(x, add, weight, self.bias, *args, *after)
 
 
 class Linear(Packed, nn.Linear):
@@ -138,5 +140,5 @@ class Linear(Packed, nn.Linear):
             return y if add is None else add + y
         weight = self.packed_weight(mkldnn._reorder_linear_weight, x[..., 0].numel())
         if add is None:
-            return mkldnn._linear_pointwise(x, weight, self.bias, 'none', [], '')
-        return mkldnn._linear_pointwise(x, add, weight, self.bias, 'add')
+            return linear.default(x, weight, self.bias, 'none', [], '')
+        return linear.binary(x, add, weight, self.bias, 'add')
