@@ -22,12 +22,12 @@ def add_arguments(parser) -> None:
 
 
 def quickest(network, args):
-    """The call of one network, its faster layout and the work of it in FLOP."""
+    """The call of one network, its faster layout (None in ONNX Runtime) and its work in FLOP."""
     model = network.build()
     inputs = sides.images(network.size, args.batch)
     work = args.batch * measure.flops(sides.eager(model, inputs[:1]))
     if args.runtime == 'onnxruntime':
-        return runtime_call(to_onnx(model, inputs), inputs, args.threads), 'ONNX', work
+        return runtime_call(to_onnx(model, inputs), inputs, args.threads), None, work
     calls = sides.calls(model, inputs, args.device, args.dtype)
     layout = measure.fastest(measure.interleave(calls, min(args.seconds, 0.5), warmup=2), *calls)
     return calls[layout], layout, work
@@ -49,7 +49,9 @@ def run(args, report: Report) -> None:
         spread = measure.milliseconds(times[label])
         row = {'network': label, 'from': network.library, 'size': network.size}
         row |= {'top-1, published': f'{network.top1:.1f}', 'latency, ms': spread}
-        row |= {'faster layout': layouts[label], 'turns': len(times[label])}
+        if layouts[label]:
+            row['faster layout'] = layouts[label]
+        row['turns'] = len(times[label])
         row['G multiply-adds'] = works[label] / 2e9
         seconds = statistics.median(times[label])
         row |= report.speed(works[label], seconds, sides.DTYPES[args.dtype])

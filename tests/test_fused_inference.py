@@ -103,6 +103,27 @@ def test_memory_of_sizes_is_bounded(monkeypatch):
             assert len(conv.packed.by_size) <= 3
 
 
+@pytest.mark.parametrize('strip', [1, 64 * 100, 1 << 20])
+@pytest.mark.parametrize('size', [(64, 96), (45, 77)])
+def test_strips_give_the_same_numbers(monkeypatch, deployed, strip, size):
+    """Large feed-forward networks run by strips of rows; of one row, some, and all of them."""
+    x = torch.randn(2, 3, *size)
+    wanted = fused(deployed, x)
+    calls = []
+    block = deployed.stages[0].blocks[0].mlp.fc1
+    block.register_forward_hook(lambda module, args, out: calls.append(out.shape))
+    monkeypatch.setattr(fused_inference, 'LARGE', 0)
+    monkeypatch.setattr(fused_inference, 'STRIP', strip)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for a, b in zip(fused(deployed, x.contiguous(memory_format=layout)), wanted, strict=True):
+            assert relative(a, b) < 1e-5
+    rows = wanted[0].shape[2]
+    assert all(shape[0] == 1 for shape in calls)
+    assert sum(shape[2] for shape in calls) == 2 * 2 * rows
+    assert strip > 1 or len(calls) == 2 * 2 * rows
+    agree(deployed, x)
+
+
 def test_half(deployed, x):
     exact = plain(deployed, x)
     deployed.bfloat16()

