@@ -120,7 +120,8 @@ def attach(model: nn.Module, path: str | Path) -> nn.Module:
     original, metrics.
 
     Raises:
-        FastViTError: as :class:`Session`; a file of another task or with other classes.
+        FastViTError: as :class:`Session`; a file of another task or with other classes; a model
+            of which no file can be made.
     """
     session = Session(path)
     task, wanted = session.info['task'], kind_of(model).task()

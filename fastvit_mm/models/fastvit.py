@@ -182,8 +182,7 @@ class ConvFFN(nn.Module):
             y = feed_forward(conv.convolve(x), conv.bn, self.fc1, weight, bias)
             return x + drop_path(y)
         y = conv(x)
-        merged = isinstance(layer_scale, nn.Identity) and not self.training
-        if merged and self.exact_gelu:
+        if isinstance(layer_scale, nn.Identity) and self.exact_gelu and not self.training:
             return pointwise_twice(y, self.fc1, fc2, add=x)
         return x + drop_path(layer_scale(fc2(self.act(self.fc1(y)))))
 

@@ -110,7 +110,7 @@ def prepare(model: nn.Module, source: str | Path, whole: bool = False) -> dict:
 
 
 def load(model: nn.Module, source: str | Path, whole: bool = False) -> dict:
-    """Load weights of any layout (see the module's docstring) into ``model``, strictly.
+    """Load weights of any layout (see :mod:`fastvit_mm.weights`) into ``model``, strictly.
 
     Args:
         model: a :class:`FastViT` or a model that has one as its backbone, in either form. A model
