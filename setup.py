@@ -40,10 +40,11 @@ EXTRAS = {
     'tensorboard': ['tensorboard>=2.16'],
     'test': [
         'pytest',
+        'pytest-randomly',
         'pytest-xdist',
         'ruff',
         'setuptools>=70.1',
-        'timm>=1.0.22',
+        'timm>=1.0.31',
     ],
 }
 for extra in ('onnx', 'openvino', 'coreml', 'tensorboard'):
