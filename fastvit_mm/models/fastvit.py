@@ -4,13 +4,14 @@ Read from the bottom: :class:`FastViT` stacks a stem and four stages of blocks. 
 of :data:`ARCHS`. Parameter names are timm's, so that timm's weights load as they are.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from numbers import Real
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -21,8 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_mm.errors import FastViTError
 
-from .fused_inference import Conv2d, Linear, pack, pointwise_twice
-from .fused_training import convolve, feed_forward, fits
+from .deploy import HEAD_WIDTH, DeployAttention, DeployFFN, attend, deploy_parts, deployed
+from .fused_training import (
+    accelerated,
+    ffn_residual,
+    positional_encoding,
+    set_fused,
+    sum_of_branches,
+)
 from .rep_conv import (
     ConvBN,
     LayerScale,
@@ -31,8 +38,7 @@ from .rep_conv import (
     bn_affine,
     build_bn,
     exact,
-    is_exact_gelu,
-    set_fused,
+    refill,
 )
 
 #: Table 2 of the paper. ``attention`` marks the stages that mix tokens by self-attention.
@@ -57,7 +63,6 @@ ARCHS = {
 }
 ARCH_DEFAULTS = dict(ffn_ratio=4, attention=(0, 0, 0, 0), layer_scale=1e-5)
 
-HEAD_WIDTH = 32
 MIN_SIZE = 32
 
 
@@ -66,12 +71,14 @@ def parse_arch(arch: str | dict) -> dict:
     each) and optionally ``ffn_ratio``, ``attention`` and ``layer_scale``.
 
     Raises:
-        FastViTError: an unknown name or key, a missing key, or a list that is not of length four.
+        FastViTError: an unknown name or key, a missing key, or values that make no network.
     """
     if isinstance(arch, str):
         if arch not in ARCHS:
             raise FastViTError(f'unknown arch {arch!r}: choose one of {", ".join(ARCHS)}')
         return {**ARCH_DEFAULTS, **ARCHS[arch]}
+    if not isinstance(arch, dict):
+        raise FastViTError(f'arch {arch!r} is neither a name ({", ".join(ARCHS)}) nor a dict')
     known = ['depths', 'widths', *ARCH_DEFAULTS]
     unknown, missing = set(arch) - set(known), {'depths', 'widths'} - set(arch)
     if unknown or missing:
@@ -80,9 +87,16 @@ def parse_arch(arch: str | dict) -> dict:
             f'unknown: {sorted(unknown) or "none"}, missing: {sorted(missing) or "none"}'
         )
     settings = {**ARCH_DEFAULTS, **arch}
-    for key in ('depths', 'widths', 'attention'):
-        if len(settings[key]) != 4:
-            raise FastViTError(f'arch: {key} needs four values, got {settings[key]!r}')
+    for key, least in (('depths', 0), ('widths', 1), ('attention', 0)):
+        values = settings[key]
+        if not isinstance(values, list | tuple) or len(values) != 4:
+            raise FastViTError(f'arch: {key} needs four values, got {values!r}')
+        if not all(isinstance(v, int) and v >= least for v in values):
+            raise FastViTError(f'arch: {key} needs whole numbers from {least} up, got {values!r}')
+    for key in ('ffn_ratio', 'layer_scale'):
+        value = settings[key]
+        if not isinstance(value, Real) or not value > 0:
+            raise FastViTError(f'arch: {key} needs a positive number, got {value!r}')
     for before, width in pairwise(settings['widths']):
         if width % before:
             raise FastViTError(f'arch: width {width} is not a multiple of {before}, the one before')
@@ -98,61 +112,62 @@ class RepMixer(RepConv):
     """Token mixer x + gamma * (mixer(x) - norm(x)), (B, C, H, W); one depthwise 3x3 when deployed
     (section 3.1)."""
 
-    def __init__(self, dim, layer_scale, *, norm_cfg, deploy=False):
-        super().__init__(dim, dim, 3, groups=dim, deploy=deploy)
-        if not deploy:
-            args = dict(kernel_size=3, groups=dim, norm_cfg=norm_cfg)
-            self.norm = MobileOneBlock(dim, dim, with_conv=False, **args)
-            self.mixer = MobileOneBlock(dim, dim, **args)
-            self.layer_scale = LayerScale(dim, layer_scale)
+    def __init__(self, dim, layer_scale, *, norm_cfg):
+        super().__init__(dim, dim, 3, groups=dim)
+        args = dict(kernel_size=3, groups=dim, norm_cfg=norm_cfg)
+        self.norm = MobileOneBlock(dim, dim, with_conv=False, **args)
+        self.mixer = MobileOneBlock(dim, dim, **args)
+        self.layer_scale = LayerScale(dim, layer_scale)
 
     def branches(self):
         gamma = self.layer_scale.gamma
         return (1.0, None), (gamma, self.mixer), (-gamma, self.norm)
 
-    def sum_branches(self, x: Tensor) -> Tensor:
+    @accelerated(sum_of_branches)
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.layer_scale(self.mixer(x) - self.norm(x))
 
 
 class LargeKernelConv(RepConv):
     """Strided 7x7 beside 3x3, (B, C, H, W) to (B, C', H/2, W/2), no activation (section 3.2.2)."""
 
-    def __init__(self, in_channels, out_channels, *, norm_cfg, deploy=False):
+    def __init__(self, in_channels, out_channels, *, norm_cfg):
         args = dict(stride=2, groups=in_channels)
-        super().__init__(in_channels, out_channels, 7, **args, deploy=deploy)
-        if not deploy:
-            self.large_conv = ConvBN(in_channels, out_channels, 7, **args, norm_cfg=norm_cfg)
-            self.small_conv = ConvBN(in_channels, out_channels, 3, **args, norm_cfg=norm_cfg)
+        super().__init__(in_channels, out_channels, 7, **args)
+        self.large_conv = ConvBN(in_channels, out_channels, 7, **args, norm_cfg=norm_cfg)
+        self.small_conv = ConvBN(in_channels, out_channels, 3, **args, norm_cfg=norm_cfg)
 
     def branches(self):
         return (1.0, self.large_conv), (1.0, self.small_conv)
+
+    @accelerated(sum_of_branches)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large_conv(x) + self.small_conv(x)
 
 
 class PositionalEncoding(RepConv):
     """Conditional positional encoding: x + depthwise 7x7 with bias, (B, C, H, W)."""
 
-    def __init__(self, dim, deploy=False):
-        super().__init__(dim, dim, 7, groups=dim, deploy=deploy)
-        if not deploy:
-            self.pos_enc = nn.Conv2d(**self.geometry)
+    def __init__(self, dim):
+        super().__init__(dim, dim, 7, groups=dim)
+        self.pos_enc = nn.Conv2d(**self.geometry)
 
     def branches(self):
         return (1.0, None), (1.0, self.pos_enc)
 
-    def sum_branches(self, x: Tensor) -> Tensor:
-        return x + (convolve(self.pos_enc, x) if self.fused and self.training else self.pos_enc(x))
+    @accelerated(positional_encoding)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pos_enc(x)
 
 
 class Downsample(nn.Module):
     """Between stages: large-kernel convolution, then a pointwise MobileOne block."""
 
-    def __init__(self, in_channels, out_channels, *, norm_cfg, act_cfg, deploy=False):
+    def __init__(self, in_channels, out_channels, *, norm_cfg, act_cfg):
         super().__init__()
         self.proj = nn.Sequential(
-            LargeKernelConv(in_channels, out_channels, norm_cfg=norm_cfg, deploy=deploy),
-            MobileOneBlock(
-                out_channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg, deploy=deploy
-            ),
+            LargeKernelConv(in_channels, out_channels, norm_cfg=norm_cfg),
+            MobileOneBlock(out_channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,122 +175,117 @@ class Downsample(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """x plus: depthwise 7x7 + BN, two pointwise convolutions, layer scale; (B, C, H, W)
-    (section 3.2.3)."""
+    """Depthwise 7x7 + BN, then two pointwise convolutions, (B, C, H, W) (section 3.2.3)."""
 
-    fused = True
-
-    def __init__(self, dim, hidden, *, norm_cfg, act_cfg, deploy=False):
+    def __init__(self, dim, hidden, *, norm_cfg, act_cfg):
         super().__init__()
-        self.conv = ConvBN(dim, dim, 7, groups=dim, norm_cfg=norm_cfg, deploy=deploy)
-        self.fc1 = Conv2d(dim, hidden, 1)
+        self.conv = ConvBN(dim, dim, 7, groups=dim, norm_cfg=norm_cfg)
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.act = build_activation_layer(act_cfg)
-        self.exact_gelu = is_exact_gelu(self.act)
-        self.fc2 = Conv2d(hidden, dim, 1)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
 
-    def forward(self, x: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
-        conv, fc2 = self.conv, self.fc2
-        fused = self.fused and self.training and conv.reparam_conv is None
-        if fused and self.exact_gelu and fits(x, [conv.bn]):
-            gamma = layer_scale.gamma
-            weight, bias = fc2.weight * gamma[..., None], fc2.bias * gamma.flatten()
-            y = feed_forward(conv.convolve(x), conv.bn, self.fc1, weight, bias)
-            return x + drop_path(y)
-        y = conv(x)
-        if isinstance(layer_scale, nn.Identity) and self.exact_gelu and not self.training:
-            return pointwise_twice(y, self.fc1, fc2, add=x)
-        return x + drop_path(layer_scale(fc2(self.act(self.fc1(y)))))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(self.conv(x))))
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over all positions, (B, C, H, W), C a multiple of 32."""
 
-    def __init__(self, dim, deploy=False):
+    def __init__(self, dim):
         super().__init__()
-        self.num_heads = dim // HEAD_WIDTH
-        # Deployed, the norm before qkv leaves a bias and the scale is in q's weights.
-        self.scale = 1.0 if deploy else HEAD_WIDTH**-0.5
-        self.qkv = Linear(dim, 3 * dim, bias=deploy)
-        self.proj = Linear(dim, dim)
+        self.scale = HEAD_WIDTH**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
-        """``skip``: add x."""
-        B, C, H, W = x.shape
-        tokens = x.flatten(2).transpose(1, 2)
-        qkv = self.qkv(tokens)  # B, N, 3C
-        qkv = qkv.view(B, H * W, 3, self.num_heads, HEAD_WIDTH)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, heads, N, 32
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        x = self.proj(x.transpose(1, 2).reshape(B, H * W, C), add=tokens if skip else None)
-        return x.transpose(1, 2).reshape(B, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)  # B, H * W, C
+        tokens = self.proj(attend(self.qkv(tokens), self.scale))
+        return tokens.transpose(1, 2).reshape(x.shape)
 
-    @torch.no_grad()
-    def absorb(self, norm: _BatchNorm) -> None:
-        """Take ``norm``, which precedes, and the softmax scale into qkv."""
-        scale, shift = bn_affine(norm)
-        weight = exact(self.qkv.weight)
+
+class Block(nn.Module):
+    """Token mixing, then a ConvFFN with layer scale, drop path and residual: (B, C, H, W)."""
+
+    fused = True
+    ffn_scale: LayerScale
+
+    @accelerated(ffn_residual, over=lambda block: (block.mlp, block.ffn_scale))
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.ffn_scale(self.mlp(x)))
+
+    def deployed(self) -> nn.Module:
+        mlp = self.mlp
+        ffn = DeployFFN(
+            deployed(mlp.conv), mlp.fc1, mlp.act, scaled(mlp.fc2, self.ffn_scale), self.drop_path
+        )
+        return nn.Sequential(OrderedDict(token_mixer=self.deployed_mixer(), mlp=ffn))
+
+
+def scaled(layer: nn.Conv2d | nn.Linear, layer_scale: LayerScale) -> nn.Module:
+    """``layer`` with the layer scale that follows it in its weight and bias, in place."""
+    gamma = exact(layer_scale.gamma).flatten()
+    weight = exact(layer.weight)
+    return refill(
+        layer, weight * gamma.view(-1, *[1] * (weight.ndim - 1)), exact(layer.bias) * gamma
+    )
+
+
+class RepMixerBlock(Block):
+    """RepMixer, then ConvFFN with a residual, (B, C, H, W)."""
+
+    def __init__(self, dim, hidden, layer_scale, drop_path, *, norm_cfg, act_cfg):
+        super().__init__()
+        self.token_mixer = RepMixer(dim, layer_scale, norm_cfg=norm_cfg)
+        self.mlp = ConvFFN(dim, hidden, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.layer_scale = LayerScale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    @property
+    def ffn_scale(self) -> LayerScale:
+        return self.layer_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.token_mixer(x))
+
+    def deployed_mixer(self) -> nn.Module:
+        return deployed(self.token_mixer)
+
+
+class AttentionBlock(Block):
+    """BN and self-attention with a residual, then ConvFFN with a residual, (B, C, H, W)."""
+
+    def __init__(self, dim, hidden, layer_scale, drop_path, *, norm_cfg, act_cfg):
+        super().__init__()
+        self.norm = build_bn(norm_cfg, dim)
+        self.token_mixer = Attention(dim)
+        self.layer_scale_1 = LayerScale(dim, layer_scale)
+        self.mlp = ConvFFN(dim, hidden, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.layer_scale_2 = LayerScale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    @property
+    def ffn_scale(self) -> LayerScale:
+        return self.layer_scale_2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm(x))))
+        return self.feed_forward(x)
+
+    def deployed_mixer(self) -> nn.Module:
+        """The norm, which precedes, and the softmax scale go into qkv."""
+        attention = self.token_mixer
+        scale, shift = bn_affine(self.norm)
+        weight = exact(attention.qkv.weight)
         bias = weight @ shift
         weight = weight * scale
         dim = weight.shape[1]
-        weight[:dim] *= self.scale
-        bias[:dim] *= self.scale
-        self.qkv.bias = nn.Parameter(bias.to(self.qkv.weight))
-        self.qkv.weight.copy_(weight)
-        self.scale = 1.0
-
-
-@torch.no_grad()
-def absorb_scale(layer: nn.Linear | nn.Conv2d, layer_scale: LayerScale) -> None:
-    """Take the layer scale that follows ``layer`` into its weight and bias."""
-    gamma = exact(layer_scale.gamma).flatten()
-    layer.weight.copy_(exact(layer.weight) * gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
-    layer.bias.copy_(exact(layer.bias) * gamma)
-
-
-class RepMixerBlock(nn.Module):
-    """RepMixer, then ConvFFN with a residual, (B, C, H, W)."""
-
-    def __init__(self, dim, hidden, layer_scale, drop_path, *, norm_cfg, act_cfg, deploy=False):
-        super().__init__()
-        self.token_mixer = RepMixer(dim, layer_scale, norm_cfg=norm_cfg, deploy=deploy)
-        self.mlp = ConvFFN(dim, hidden, norm_cfg=norm_cfg, act_cfg=act_cfg, deploy=deploy)
-        self.layer_scale = nn.Identity() if deploy else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.token_mixer(x), self.layer_scale, self.drop_path)
-
-    def switch_to_deploy(self) -> None:
-        if isinstance(self.layer_scale, LayerScale):
-            absorb_scale(self.mlp.fc2, self.layer_scale)
-            self.layer_scale = nn.Identity()
-
-
-class AttentionBlock(nn.Module):
-    """BN and self-attention with a residual, then ConvFFN with a residual, (B, C, H, W)."""
-
-    def __init__(self, dim, hidden, layer_scale, drop_path, *, norm_cfg, act_cfg, deploy=False):
-        super().__init__()
-        self.norm = nn.Identity() if deploy else build_bn(norm_cfg, dim)
-        self.token_mixer = Attention(dim, deploy=deploy)
-        self.layer_scale_1 = nn.Identity() if deploy else LayerScale(dim, layer_scale)
-        self.mlp = ConvFFN(dim, hidden, norm_cfg=norm_cfg, act_cfg=act_cfg, deploy=deploy)
-        self.layer_scale_2 = nn.Identity() if deploy else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer_scale_1, nn.Identity) and not self.training:
-            x = self.token_mixer(x, skip=True)
-        else:
-            x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm(x))))
-        return self.mlp(x, self.layer_scale_2, self.drop_path)
-
-    def switch_to_deploy(self) -> None:
-        if isinstance(self.norm, _BatchNorm):
-            self.token_mixer.absorb(self.norm)
-            absorb_scale(self.token_mixer.proj, self.layer_scale_1)
-            absorb_scale(self.mlp.fc2, self.layer_scale_2)
-            self.norm = self.layer_scale_1 = self.layer_scale_2 = nn.Identity()
+        weight[:dim] *= attention.scale
+        bias[:dim] *= attention.scale
+        like = attention.qkv.weight
+        qkv = nn.Linear(dim, 3 * dim, device=like.device, dtype=like.dtype)
+        return DeployAttention(
+            refill(qkv, weight, bias), scaled(attention.proj, self.layer_scale_1), self.drop_path
+        )
 
 
 class Stage(nn.Module):
@@ -300,7 +310,7 @@ class Stage(nn.Module):
         super().__init__()
         self.with_cp = with_cp
         self.downsample = Downsample(in_channels, dim, **args) if downsample else nn.Identity()
-        self.pos_emb = PositionalEncoding(dim, args['deploy']) if attention else nn.Identity()
+        self.pos_emb = PositionalEncoding(dim) if attention else nn.Identity()
         block = AttentionBlock if attention else RepMixerBlock
         hidden = int(dim * ffn_ratio)
         self.blocks = nn.Sequential(
@@ -312,9 +322,16 @@ class Stage(nn.Module):
         if not (self.with_cp and self.training and torch.is_grad_enabled()):
             return self.blocks(x)
         for block in self.blocks:
-            contexts = lambda block=block: (nullcontext(), frozen_statistics(block))  # noqa: E731
-            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            x = recomputed(block, x)
         return x
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, of which the backward pass computes the inside again."""
+    if torch.compiler.is_compiling():  # a compiled graph counts a batch once by itself
+        return checkpoint(block, x, use_reentrant=False)
+    contexts = lambda: (nullcontext(), frozen_statistics(block))  # noqa: E731
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
@@ -330,6 +347,18 @@ def frozen_statistics(module: nn.Module):
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+
+@torch.fx.wrap  # tracers record it as one step
+def checked(x: Tensor, training: bool) -> Tensor:
+    """``x``, if it is large enough; on a CPU in the layout that trains in less time."""
+    height, width = x.shape[-2:]
+    if min(height, width) < MIN_SIZE:
+        raise FastViTError(
+            f'input of {height} x {width} pixels is too small: '
+            f'FastViT needs at least {MIN_SIZE} x {MIN_SIZE}'
+        )
+    return x.contiguous() if training and x.is_cpu else x
 
 
 @MODELS.register_module()
@@ -383,8 +412,14 @@ class FastViT(BaseModule):
         out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         if not out_indices or not all(i in range(4) for i in out_indices):
             raise FastViTError(f'out_indices {out_indices} out of range: choose from 0, 1, 2, 3')
+        if any(i >= j for i, j in pairwise(out_indices)):
+            raise FastViTError(f'out_indices {out_indices}: give each stage once, in their order')
         if frozen_stages not in range(-1, 5):
             raise FastViTError(f'frozen_stages {frozen_stages} out of range: choose from -1 to 4')
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise FastViTError(f'in_channels {in_channels!r}: give a whole number from 1 up')
+        if not isinstance(drop_path_rate, Real) or not 0 <= drop_path_rate < 1:
+            raise FastViTError(f'drop_path_rate {drop_path_rate!r} is not in [0, 1)')
         self.settings = settings
         self.out_indices = out_indices
         self.feature_norm = feature_norm
@@ -398,7 +433,7 @@ class FastViT(BaseModule):
             act_cfg=act_cfg,
         )
 
-        args = dict(norm_cfg=norm_cfg, act_cfg=act_cfg, deploy=deploy)
+        args = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         depths, widths = settings['depths'], settings['widths']
         self.stem = nn.Sequential(
             MobileOneBlock(in_channels, widths[0], 3, stride=2, **args),
@@ -425,10 +460,10 @@ class FastViT(BaseModule):
                 self.add_module(f'norm{i}', build_bn(norm_cfg, widths[i]))
 
         set_fused(self, fused_training)
-        if deploy:
-            pack(self)
         self.reset_parameters()
         self.freeze()
+        if deploy:
+            self.switch_to_deploy()
 
     def reset_parameters(self) -> None:
         """Truncated normal, std 0.02, for linear layers and ConvFFN; PyTorch's own elsewhere."""
@@ -442,12 +477,7 @@ class FastViT(BaseModule):
                         nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if min(x.shape[-2:]) < MIN_SIZE:
-            raise FastViTError(
-                f'input of {x.shape[-2]} x {x.shape[-1]} pixels is too small: '
-                f'FastViT needs at least {MIN_SIZE} x {MIN_SIZE}'
-            )
-        x = self.stem(x)
+        x = self.stem(checked(x, self.training))
         outs = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
@@ -460,13 +490,11 @@ class FastViT(BaseModule):
 
         Exact algebra on the running statistics; any dtype and device; harmless when done twice.
         ``feature_norm`` stays: it follows a residual sum whose terms are also used without it.
-        Without gradients on a CPU it then runs by :mod:`.fused_inference`: who changes weights
-        through ``weight.data`` calls ``eval()`` or ``train()`` afterwards, as hooks do.
+        The modules of :mod:`.deploy` take the place of those that train; on a CPU they keep a
+        rearranged copy of the weights beside them.
         """
-        for module in list(self.modules()):
-            if module is not self and hasattr(module, 'switch_to_deploy'):
-                module.switch_to_deploy()
-        pack(self)
+        deploy_parts(self)
+        self.freeze()
 
     def training_form(self) -> 'FastViT':
         """A fresh network of the same shape with all its branches and without output norms."""

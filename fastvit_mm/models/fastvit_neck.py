@@ -5,8 +5,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .fused_inference import pack
-from .rep_conv import MobileOneBlock, set_fused
+from .deploy import deploy_parts
+from .fused_training import set_fused
+from .rep_conv import MobileOneBlock
 
 
 @MODELS.register_module()
@@ -46,11 +47,10 @@ class FastViTNeck(BaseModule):
             se_reduction=16,
             norm_cfg=norm_cfg,
             act_cfg=act_cfg,
-            deploy=deploy,
         )
         set_fused(self, fused_training)
         if deploy:
-            pack(self)
+            self.switch_to_deploy()
 
     def forward(self, feats: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = self.final_conv(feats[-1])
@@ -62,5 +62,4 @@ class FastViTNeck(BaseModule):
 
     def switch_to_deploy(self) -> None:
         """Merge the block's branches in place; harmless when done twice."""
-        self.final_conv.switch_to_deploy()
-        pack(self)
+        deploy_parts(self)

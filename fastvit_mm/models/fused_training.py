@@ -1,22 +1,82 @@
-"""The training form's arithmetic in fewer passes over the activations; same numbers (CPU).
+"""The training form's arithmetic on a CPU in fewer passes over the activations.
 
-A BatchNorm needs two numbers per channel of its input. Once they are known it is a per-channel
-affine, which adds up with its neighbours or goes into the weights beside it, as in the deploy form;
-only the gradient through the statistics still needs the activations. Beside timm's, a training step
-of T8, S12 and SA12 (256 x 256, batch 8) takes 0.6 to 0.75 of the time and keeps 0.6 of the bytes.
+The results are the plain forward pass's but for rounding. A BatchNorm needs two numbers per channel
+of its input. Once they are known it is a per-channel affine, which adds up with its neighbours or
+goes into the weights beside it, as in the deploy form; only the gradient through the statistics
+still needs the activations. Beside timm's, a training step of T8, S12 and SA12 (256 x 256, batch 8)
+takes 0.6 to 0.75 of the time and keeps 0.6 of the bytes.
+
+:func:`accelerated` puts one of the functions here in place of a block's plain forward pass and
+decides, once per block and step, which of both runs.
 """
 
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Callable, Iterable
+from functools import reduce, wraps
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
+
+from .ordinary import ordinary, untouched
 
 aten = torch.ops.aten
+LAYERS = nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Identity, nn.ModuleList
+
+
+def accelerated(fast: Callable, over: Callable = nn.Module.children) -> Callable:
+    """Decorates a method ``forward(block, x)``: ``fast(block, x)`` runs in its place where it may.
+
+    Args:
+        over: gives the modules that ``fast`` computes without calling them.
+    """
+
+    def decorate(plain):
+        @wraps(plain)
+        def forward(block, x):
+            return fast(block, x) if may_replace(block, x, over) else plain(block, x)
+
+        return forward
+
+    return decorate
+
+
+def may_replace(block: nn.Module, x: Tensor, over: Callable) -> bool:
+    """Whether a function here may compute the modules ``over(block)``.
+
+    Elsewhere their own code runs: under a compiler, which does its own fusing; on a GPU; in eval
+    mode; where somebody looks at a layer or has changed it; with SyncBatchNorm, which gathers
+    statistics; and where one position is left, which is BatchNorm's error.
+    """
+    return (
+        ordinary(x)  # first, as a compiler looks no further
+        and block.training
+        and block.fused
+        and x.ndim == 4
+        and len(x) * x.shape[2] * x.shape[3] > 4
+        and x.is_contiguous()
+        # Layer scales of 1e-6 times a weight are below half precision's range.
+        and computed_in(x) != torch.float16
+        and all(replaceable(m) for part in over(block) for m in part.modules())
+    )
+
+
+def replaceable(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        untouched(module, *LAYERS, *([kind] if kind.__module__.startswith(__package__) else []))
+        and (kind is not nn.BatchNorm2d or module.training)
+        and (kind is not nn.GELU or module.approximate == 'none')
+    )
+
+
+def set_fused(network: nn.Module, fused: bool) -> None:
+    """Let the blocks of ``network`` run by this module, or by their plain forward passes alone."""
+    for module in network.modules():
+        if hasattr(module, 'fused'):
+            module.fused = fused
 
 
 class Term(NamedTuple):
@@ -29,24 +89,6 @@ class Term(NamedTuple):
     norm: nn.BatchNorm2d
     scale: Tensor | None = None
     factor: Tensor | None = None
-
-
-def fits(x: Tensor, norms: Iterable[nn.Module]) -> bool:
-    """Whether this module may compute in place of ``norms`` and what surrounds them.
-
-    Elsewhere their own code runs: in eval mode, on a GPU, where SyncBatchNorm gathers statistics,
-    under a compiler, which does its own fusing, and where one position is left, which is an error.
-    """
-    return (
-        x.is_cpu
-        and len(x) * x.shape[2] * x.shape[3] > 4
-        and x.is_contiguous()
-        # Layer scales of 1e-6 times a weight are below half precision's range.
-        and computed_in(x) != torch.float16
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
-    )
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -84,36 +126,69 @@ def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> 
     norm.running_var.lerp_((var * count / (count - 1)).to(norm.running_var), momentum)
 
 
-class NormalizedSum(Function):
-    """sum_k gains_k * normalize(scales_k * x_k) + shift, where several k share one x.
+class HandWritten(Function):
+    """A function whose gradient is written by hand; the gradient of that gradient goes through
+    ``plain``, the same function of the same arguments in PyTorch's own operators."""
 
-    normalize(s x) = s r (x - mean) with r = (s^2 var + eps)^-1/2, so that the k over one x add up
-    to one factor of x - mean. Its gradient needs of dy only S = sum dy (x - mean) and sum dy.
+    @staticmethod
+    def gradients(ctx, plain: Callable, inputs: Iterable, dy: Tensor) -> list[Tensor | None]:
+        """Differentiable gradients of ``plain(*inputs)``, None where none is needed."""
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        found = iter(torch.autograd.grad(plain(*inputs), wanted, dy, create_graph=True))
+        return [next(found) if needed else None for needed in ctx.needs_input_grad]
+
+
+class NormalizedSum(HandWritten):
+    """sum_k g_k * normalize_k(s_k x_k) + shift, where several k may share one x.
+
+    With the mean m and the variance v of x over B, H and W, and r = (s^2 v + eps)^(-1/2),
+
+        normalize(s x) = s r (x - m)
+
+    so that all k over one x add up to one factor a = sum_k g s r of x - m. The loss L sends
+    dy = dL/dy. With n = B H W and S = sum dy (x - m):
+
+        dL/dg     = s r S
+        dL/ds     = g S (r + s dr/ds)   = g S eps r^3           as dr/ds = -s v r^3
+        dL/dv     = g s S dr/dv         = -1/2 g S (s r)^3      as dr/dv = -1/2 s^2 r^3
+        dL/dx     = a (dy - sum dy / n) + 2/n (x - m) sum_k dL/dv
+        dL/dshift = sum dy
 
     Inputs: ``owners`` (K,): the index of each k's x; ``skip``: add the first x itself; ``dtype`` of
-    the output; eps (K, 1), scales (K, C), gains (K, C), shift (C,), xs (B, C, H, W) each. Gives the
-    output and the means and variances (T, C) of all T xs.
+    the output; eps (K, 1), scales s (K, C), gains g (K, C), shift (C,), xs (B, C, H, W) each. Gives
+    the output and the means and variances (T, C) of all T xs.
     """
+
+    @staticmethod
+    def plain(owners, skip, dtype, eps, scales, gains, shift, *xs):
+        out = per_channel(shift) + (xs[0] if skip else 0)
+        for k, owner in enumerate(owners.tolist()):
+            x = xs[owner].to(shift.dtype) * per_channel(scales[k])
+            normalized = F.batch_norm(x, None, None, training=True, eps=float(eps[k]))
+            out = out + per_channel(gains[k]) * normalized
+        return out.to(dtype)
 
     @staticmethod
     def forward(ctx, owners, skip, dtype, eps, scales, gains, shift, *xs):
         means, variances = map(torch.stack, zip(*map(moments, xs), strict=True))
         r = (scales.square() * variances[owners] + eps).rsqrt()
         a = torch.zeros_like(means).index_add_(0, owners, gains * scales * r)
-        shift = shift - (a * means).sum(0)
-        ctx.skip = skip
-        ctx.save_for_backward(owners, eps, scales, gains, r, a, means, *xs)
+        ctx.skip, ctx.dtype = skip, dtype
+        ctx.save_for_backward(owners, eps, scales, gains, shift, r, a, means, *xs)
         ctx.mark_non_differentiable(means, variances)
         factors = with_skip(a, skip)
         out = xs[0] * factors[0]
         for x, factor in zip(xs[1:], factors[1:], strict=True):
             out.addcmul_(x, factor)
+        shift = shift - (a * means).sum(0)
         return out.add_(per_channel(shift)).to(dtype), means, variances
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, *_):
-        owners, eps, scales, gains, r, a, means, *xs = ctx.saved_tensors
+        owners, eps, scales, gains, shift, r, a, means, *xs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = owners, ctx.skip, ctx.dtype, eps, scales, gains, shift, *xs
+            return (*NormalizedSum.gradients(ctx, NormalizedSum.plain, inputs, dy),)
         count = dy.numel() // dy.shape[1]
         sums = [sums_with(dy, x, mean) for x, mean in zip(xs, means, strict=True)]
         total = sums[0][1]
@@ -170,7 +245,7 @@ def normalized_sum(terms: list[Term], skip: bool, dtype: torch.dtype) -> Tensor:
     return out
 
 
-class DepthwiseConv(Function):
+class DepthwiseConv(HandWritten):
     """Depthwise convolution of (B, C, H, W), padded by half of its (C, 1, k, k) kernel.
 
     PyTorch's CPU library (oneDNN) has a fast weight gradient up to three columns wide and is 20
@@ -178,16 +253,22 @@ class DepthwiseConv(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.stride = stride
-        ctx.save_for_backward(x, weight)
+    def plain(x, weight, stride):
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
-    @once_differentiable
+    def forward(ctx, x, weight, stride):
+        ctx.stride = stride
+        ctx.save_for_backward(x, weight)
+        return DepthwiseConv.plain(x, weight, stride)
+
+    @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         k, stride = weight.shape[-1], ctx.stride
+        if torch.is_grad_enabled():
+            inputs = x, weight, stride
+            return tuple(DepthwiseConv.gradients(ctx, DepthwiseConv.plain, inputs, dy))
 
         def gradients(x, w, padding, mask):
             x, w = x.to(dy.dtype).contiguous(), w.to(dy.dtype).contiguous()
@@ -217,7 +298,7 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     m outputs per channel come from m depthwise convolutions: oneDNN has no fast kernel for what is
     neither depthwise nor dense.
     """
-    if conv.groups == 1 or conv.groups < conv.in_channels or not fits(x, []):
+    if conv.groups == 1 or conv.groups < conv.in_channels:
         return conv(x)
     multiplier = conv.out_channels // conv.in_channels
     stride, size = conv.stride[0], conv.kernel_size[0]
@@ -232,12 +313,26 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return outs[0] if multiplier == 1 else torch.stack(outs, 2).flatten(1, 2)
 
 
-class FeedForward(Function):
+class FeedForward(HandWritten):
     """BatchNorm, pointwise, GELU, pointwise: (B, C, H, W) to (B, O, H, W).
 
-    The BatchNorm goes into the first convolution's weights, and the GELU is computed once more in
-    the backward pass, so that only the input and the GELU's input are kept.
+    With the mean m and the variance v of z over B, H and W, r = (v + eps)^(-1/2), and the
+    BatchNorm's gain g and shift t, the normalized z is n = s z + o with s = g r and o = t - s m, so
+    that the BatchNorm goes into the first convolution:
+
+        h = W1 n + b1 = (W1 diag(s)) z + (W1 o + b1),    y = W2 gelu(h) + b2
+
+    The GELU is computed once more in the backward pass, so that only z and h are kept. From
+    dh = gelu'(h) * W2' dy come dn = W1' dh, from which BatchNorm's own backward pass gives the
+    gradients of z, g and t, and
+
+        dL/dW1 = sum dh n' = (sum dh z') diag(s) + (sum dh) o'
     """
+
+    @staticmethod
+    def plain(z, eps, gain, shift, w1, b1, w2, b2):
+        n = F.batch_norm(z, None, None, gain, shift, training=True, eps=eps)
+        return F.conv2d(F.gelu(F.conv2d(n, w1, b1)), w2, b2)
 
     @staticmethod
     def forward(ctx, z, eps, gain, shift, w1, b1, w2, b2):
@@ -247,14 +342,16 @@ class FeedForward(Function):
         h = F.conv2d(z, (w1 * per_channel(scale)).to(w1.dtype), (b1 + offset).to(b1.dtype))
         out = F.conv2d(F.gelu(h), w2, b2)
         ctx.eps = eps
-        ctx.save_for_backward(z, h, mean, var, gain, shift, w1, w2)
+        ctx.save_for_backward(z, h, mean, var, gain, shift, w1, b1, w2, b2)
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, *_):
-        z, h, mean, var, gain, shift, w1, w2 = ctx.saved_tensors
+        z, h, mean, var, gain, shift, w1, b1, w2, b2 = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = z, ctx.eps, gain, shift, w1, b1, w2, b2
+            return tuple(FeedForward.gradients(ctx, FeedForward.plain, inputs, dy))
         invstd = (var + ctx.eps).rsqrt()
         dg, dw2, db2 = pointwise_backward(dy, F.gelu(h), w2)
         dh = aten.gelu_backward.grad_input(dg, h, grad_input=dg)  # in place
@@ -262,7 +359,6 @@ class FeedForward(Function):
         dz, d_gain, d_shift = aten.native_batch_norm_backward(
             dn, z, gain.to(mean.dtype), None, None, mean, invstd, True, ctx.eps, [True] * 3
         )
-        # The first convolution's weight has met z, its gradient wants the normalized z.
         scale = gain * invstd
         outer = db1[:, None] * (shift - scale * mean)
         dw1 = dw1 * per_channel(scale) + outer[..., None, None]
@@ -314,3 +410,61 @@ def patch_sum(x: Tensor, convs: list[tuple[Tensor, nn.BatchNorm2d]], k: int, str
             count_batch(norm, w.detach() @ mean.detach().flatten(), var.detach(), count)
     out = torch.baddbmm(bias, weight.expand(len(x), -1, -1), patches)
     return out.view(len(x), -1, *size).to(computed_in(x))
+
+
+# --- what blocks run ------------------------------------------------------------------------------
+
+
+def sum_of_branches(block: nn.Module, x: Tensor) -> Tensor:
+    """The sum of a :class:`RepConv`'s branches, of which those that see the same x share its
+    statistics."""
+    leaves, geometry = list(block.leaves()), block.geometry
+    size, stride = geometry['kernel_size'], geometry['stride']
+    patch = size**2 * geometry['in_channels']
+    if geometry['groups'] == 1 < size and patch <= geometry['out_channels']:
+        return patch_sum(x, [(leaf.conv.weight, leaf.bn) for _, leaf in leaves], size, stride)
+
+    terms, skip, dtype = [], False, computed_in(x)
+    for factor, leaf in leaves:
+        if isinstance(factor, Tensor):
+            factor, dtype = factor.flatten(), torch.promote_types(dtype, factor.dtype)
+        else:
+            factor = None
+        if leaf is None:
+            skip = True
+        elif isinstance(leaf, nn.BatchNorm2d):
+            dtype = torch.promote_types(dtype, x.dtype)
+            terms.append(Term(x, leaf, factor=factor))
+        elif leaf.is_scale:
+            terms.append(Term(centers(x, geometry), leaf.bn, leaf.conv.weight.flatten(), factor))
+        else:
+            terms.append(Term(convolve(leaf.conv, leaf.strided(x)), leaf.bn, factor=factor))
+    return normalized_sum(terms, skip, dtype)
+
+
+def centers(x: Tensor, geometry: dict) -> Tensor:
+    """What each output of a depthwise convolution has at its kernel's center, in its shape."""
+    stride = geometry['stride']
+    multiplier = geometry['out_channels'] // geometry['in_channels']
+    x = x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
+    return x if multiplier == 1 else x.repeat_interleave(multiplier, dim=1)
+
+
+def convolution_and_norm(block: nn.Module, x: Tensor) -> Tensor:
+    """A :class:`ConvBN`, of which the norm is called."""
+    return block.bn(convolve(block.conv, block.strided(x)))
+
+
+def positional_encoding(block: nn.Module, x: Tensor) -> Tensor:
+    return x + convolve(block.pos_enc, x)
+
+
+def ffn_residual(block: nn.Module, x: Tensor) -> Tensor:
+    """The second half of a block, its layer scale in the second convolution's weights.
+
+    Only the drop path is called.
+    """
+    mlp, gamma = block.mlp, block.ffn_scale.gamma
+    weight, bias = mlp.fc2.weight * gamma[..., None], mlp.fc2.bias * gamma.flatten()
+    z = convolve(mlp.conv.conv, x)
+    return x + block.drop_path(feed_forward(z, mlp.conv.bn, mlp.fc1, weight, bias))

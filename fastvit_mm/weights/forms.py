@@ -4,6 +4,7 @@ import re
 
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.models import FastViT, FastViTNeck
+from fastvit_mm.models.deploy import deploy_parts
 from fastvit_mm.models.rep_conv import ConvBN, RepConv
 
 from .layouts import arch_of, describe, from_mm, to_mm
@@ -22,9 +23,7 @@ def merge_completely(module: FastViT | FastViTNeck) -> None:
 def merge_branches(module: FastViT | FastViTNeck) -> None:
     """To the authors' and timm's deploy form, in place: the BatchNorms and scales outside the
     branches stay."""
-    for part in module.modules():
-        if isinstance(part, RepConv) and not isinstance(part, ConvBN):
-            part.switch_to_deploy()
+    deploy_parts(module, lambda _, part: isinstance(part, RepConv) and not isinstance(part, ConvBN))
 
 
 def norms_of(state: State) -> State:
@@ -37,9 +36,7 @@ def twin_of(module: FastViT | FastViTNeck, state: State) -> FastViT | FastViTNec
     twin = module.training_form().eval()
     if is_merged(state):
         twin.switch_to_deploy()
-    for name, part in twin.named_modules():
-        if isinstance(part, RepConv) and f'{name}.reparam_conv.weight' in state:
-            part.switch_to_deploy()
+    deploy_parts(twin, lambda name, _: f'{name}.reparam_conv.weight' in state)
     return twin.to(next(v for v in state.values() if v.is_floating_point()).dtype)
 
 

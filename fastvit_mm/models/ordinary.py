@@ -1,0 +1,91 @@
+"""Where a fast path may compute in place of PyTorch's layers: nobody looks at them or changes them.
+
+Hooks, wrappers, pruning, quantizers, compilers, function transforms and tracers have to see an
+ordinary network. Every fast path asks here, and leaves the work to the layers otherwise.
+"""
+
+from functools import reduce
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def private(path: str):
+    """``torch.<path>``, or None in a version of PyTorch that does not have it."""
+    return reduce(lambda found, name: getattr(found, name, None), path.split('.'), torch)
+
+
+transforms_active = private('_C._are_functorch_transforms_active')
+dispatch_modes = private('_C._len_torch_dispatch_stack')
+function_modes = private('_C._len_torch_function_stack')
+has_global_hook = private('nn.modules.module._has_any_global_hook')
+known = None not in (transforms_active, dispatch_modes, function_modes, has_global_hook)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows what is computed here."""
+    within = transforms_active is not None and transforms_active()
+    return within or getattr(forward_ad, '_current_level', -1) >= 0
+
+
+def ordinary(x: Tensor) -> bool:
+    """Whether ``x`` is a plain CPU tensor, not empty, and no compiler, tracer, function transform
+    or mode follows what happens to it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and known
+        and not transformed()
+        and not dispatch_modes()  # they count, fake or replace operators
+        and not function_modes()
+        and not has_global_hook()
+        and not torch.jit.is_tracing()
+        and x.numel() > 0
+    )
+
+
+class DeployWeight(nn.Parameter):
+    """A parameter that notices edits through ``.data``.
+
+    Writing through ``.data`` leaves a parameter's version counter as it is, so that a copy made of
+    the weight would be used on after it. Here all that ``.data`` gives shares one counter. Copies
+    made with ``deepcopy`` are of this class as well; files hold plain parameters.
+    """
+
+    alias: Tensor | None = None
+
+    @property
+    def data(self) -> Tensor:
+        if self.alias is None:
+            self.alias = nn.Parameter.data.__get__(self)
+        return self.alias.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        nn.Parameter.data.__set__(self, value)
+        self.alias = nn.Parameter.data.__get__(self)
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+PARAMETERS = {Tensor, nn.Parameter, DeployWeight, type(None)}
+
+
+def untouched(module: nn.Module, *kinds: type) -> bool:
+    """Whether ``module`` is exactly one of ``kinds``, and calling it runs nothing but its own
+    ``forward`` on plain parameters."""
+    own = module.__dict__
+    return (
+        type(module) in kinds
+        and not own['_forward_hooks']
+        and not own['_forward_pre_hooks']
+        and not own['_backward_hooks']
+        and not own['_backward_pre_hooks']
+        and 'forward' not in own
+        and module._compiled_call_impl is None
+        and all(type(p) in PARAMETERS for p in own['_parameters'].values())
+    )
