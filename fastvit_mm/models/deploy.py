@@ -17,7 +17,8 @@ from .onednn import Rearranged
 from .ordinary import DeployWeight, transformed, untouched
 
 #: What is between two layers is cut into strips of the latter size from the former on, in bytes.
-LARGE, STRIP = 32 << 20, 8 << 20
+#: Below that, memory is recycled (onednn.recycle_memory).
+LARGE, STRIP = onednn.RECYCLED, 8 << 20
 
 HEAD_WIDTH = 32
 
@@ -119,18 +120,58 @@ class DeployFFN(Deployed):
         """
         first = self.fc1, self.weight_of('fc1')
         second = self.fc2, self.weight_of('fc2')
-        images, _, rows, columns = y.shape
-        image = rows * columns * self.fc1.out_channels * y.element_size()
-        if images * image <= LARGE:
+        cut = strips(y.shape, self.fc1.out_channels * y.element_size())
+        if cut is None:
             return onednn.convolution(onednn.convolution(y, *first, gelu=True), *second, add=x)
-        images = max(1, STRIP // image)
-        rows = math.ceil(rows / math.ceil(image / STRIP))
-        out = x.clone(memory_format=torch.channels_last)
-        for some, target in zip(y.split(images), out.split(images), strict=True):
-            for part, goal in zip(some.split(rows, 2), target.split(rows, 2), strict=True):
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        images, rows = cut
+        for of_images in zip(*(t.split(images) for t in (y, x, out)), strict=True):
+            for part, add, goal in zip(*(t.split(rows, 2) for t in of_images), strict=True):
                 hidden = onednn.convolution(part, *first, gelu=True)
-                onednn.convolution(hidden, *second, into=goal)
+                goal.copy_(onednn.convolution(hidden, *second, add=add))
         return out
+
+
+def strips(shape: torch.Size, pixel: int) -> tuple[int, int] | None:
+    """How many images, and rows of them, to compute at a time of ``shape``, (B, C, H, W), where
+    each pixel takes ``pixel`` bytes; None for all at once."""
+    images, _, rows, columns = shape
+    image = rows * columns * pixel
+    if images * image <= LARGE:
+        return None
+    return max(1, STRIP // image), math.ceil(rows / math.ceil(image / STRIP))
+
+
+class DeployStem(nn.Sequential):
+    """Three convolutions, each with its activation: (B, C, H, W) to (B, C', H/4, W/4).
+
+    Between the first, which is dense, and the second one lies four times the output. Where that is
+    large, the stem is called for strips of the image.
+    """
+
+    #: rows of the image above a strip that its first rows depend on, and rows of output they give
+    MARGIN, EXTRA = 4, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not onednn.takes(x, *(part.reparam_conv for part in self)):
+            return super().forward(x)
+        height, width = (math.ceil(n / 4) for n in x.shape[2:])
+        cut = strips(
+            (len(x), 0, height, width), 4 * self[0].reparam_conv.out_channels * x.element_size()
+        )
+        if cut is None or not all(untouched(part, DeployConv) for part in self):
+            return super().forward(x)
+        images, rows = cut
+        done = []
+        for some in x.split(images):
+            for start in range(0, height, rows):
+                above = self.MARGIN if start else 0
+                strip = some[:, :, 4 * start - above : 4 * (start + rows)]
+                done.append(super().forward(strip)[:, :, self.EXTRA if start else 0 :])
+        per_image = math.ceil(height / rows)
+        return torch.cat(
+            [torch.cat(done[i : i + per_image], 2) for i in range(0, len(done), per_image)]
+        )
 
 
 class DeployAttention(Deployed):

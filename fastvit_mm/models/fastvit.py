@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_mm.errors import FastViTError
 
-from .deploy import HEAD_WIDTH, DeployAttention, DeployFFN, attend, deploy_parts, deployed
+from .deploy import (
+    HEAD_WIDTH,
+    DeployAttention,
+    DeployFFN,
+    DeployStem,
+    attend,
+    deploy_parts,
+    deployed,
+)
 from .fused_training import (
     accelerated,
     ffn_residual,
@@ -106,6 +114,21 @@ def parse_arch(arch: str | dict) -> dict:
                 f'arch: width {width} is not a multiple of {HEAD_WIDTH} for attention'
             )
     return settings
+
+
+class Stem(nn.Sequential):
+    """To a quarter of the resolution, (B, C, H, W) to (B, C', H/4, W/4): dense 3x3, depthwise 3x3,
+    pointwise."""
+
+    def __init__(self, in_channels, dim, **args):
+        super().__init__(
+            MobileOneBlock(in_channels, dim, 3, stride=2, **args),
+            MobileOneBlock(dim, dim, 3, stride=2, groups=dim, **args),
+            MobileOneBlock(dim, dim, 1, **args),
+        )
+
+    def deployed(self) -> DeployStem:
+        return DeployStem(*map(deployed, self))
 
 
 class RepMixer(RepConv):
@@ -435,11 +458,7 @@ class FastViT(BaseModule):
 
         args = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         depths, widths = settings['depths'], settings['widths']
-        self.stem = nn.Sequential(
-            MobileOneBlock(in_channels, widths[0], 3, stride=2, **args),
-            MobileOneBlock(widths[0], widths[0], 3, stride=2, groups=widths[0], **args),
-            MobileOneBlock(widths[0], widths[0], 1, **args),
-        )
+        self.stem = Stem(in_channels, widths[0], **args)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
         self.stages = nn.ModuleList(
             Stage(

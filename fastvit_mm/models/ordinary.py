@@ -86,6 +86,6 @@ def untouched(module: nn.Module, *kinds: type) -> bool:
         and not own['_backward_hooks']
         and not own['_backward_pre_hooks']
         and 'forward' not in own
-        and module._compiled_call_impl is None
-        and all(type(p) in PARAMETERS for p in own['_parameters'].values())
+        and '_compiled_call_impl' not in own
+        and PARAMETERS.issuperset(map(type, own['_parameters'].values()))
     )
