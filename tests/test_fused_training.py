@@ -1,7 +1,10 @@
 """Training in fewer passes gives the branch-by-branch form's numbers, and timm's."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -10,11 +13,12 @@ import torch.nn as nn
 from randomize import randomize, relative
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit_mm import FastViT, FastViTNeck
-from fastvit_mm.models.fastvit import ConvFFN, LargeKernelConv, PositionalEncoding, RepMixer
-from fastvit_mm.models.fused_training import moments
-from fastvit_mm.models.rep_conv import ConvBN, LayerScale, MobileOneBlock, RepConv, set_fused
+from fastvit_mm.models.fastvit import Block, ConvFFN, LargeKernelConv, PositionalEncoding, RepMixer
+from fastvit_mm.models.fused_training import moments, set_fused
+from fastvit_mm.models.rep_conv import LayerScale, MobileOneBlock
 
 # Every kind of block, narrow; a downsampling that keeps the width and two that double it.
 TINY = dict(depths=(1, 1, 1, 1), widths=(32, 32, 64, 128), attention=(0, 0, 0, 1), ffn_ratio=2)
@@ -22,14 +26,15 @@ BN = dict(norm_cfg=dict(type='BN'))
 GELU = dict(type='GELU')
 
 
-class ScaledFFN(nn.Module):
+class ScaledFFN(Block):
     def __init__(self):
         super().__init__()
         self.mlp = ConvFFN(3, 4, **BN, act_cfg=GELU)
-        self.layer_scale = LayerScale(3, 1.0)
+        self.ffn_scale = LayerScale(3, 1.0)
+        self.drop_path = nn.Identity()
 
     def forward(self, x):
-        return self.mlp(x, self.layer_scale, nn.Identity())
+        return self.feed_forward(x)
 
 
 BLOCKS = {
@@ -107,10 +112,9 @@ def test_blocks_are_exact(name, monkeypatch):
     inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
     (plain(inputs[1]) * dy).sum().backward()
 
-    if name != 'PositionalEncoding':
-        for cls in (RepConv, RepMixer):
-            monkeypatch.setattr(cls, 'sum_branches', refuse)
-        monkeypatch.setattr(ConvBN, 'forward', refuse)
+    monkeypatch.setattr(nn.BatchNorm2d, 'forward', refuse)
+    if name == 'PositionalEncoding':
+        monkeypatch.setattr(nn.Conv2d, 'forward', refuse)
     assert relative(fused(x), expected) < 1e-12
     (fused(inputs[0]) * dy).sum().backward()
     assert relative(inputs[0].grad, inputs[1].grad) < 1e-10
@@ -185,11 +189,16 @@ def test_bfloat16(mixed):
     )
     assert [t.dtype for t in fused] == [t.dtype for t in plain]
 
-    def typical(values):
-        errors = [(a - b).norm() / b.norm() for a, b in zip(values, exact, strict=True)]
-        return torch.stack(errors).median()
-
-    assert typical(fused) < 1.2 * typical(plain)
+    ratios = []
+    for own, theirs, reference in zip(fused, plain, exact, strict=True):
+        if reference.norm() < 1e-10:  # a bias before a BatchNorm: nothing but rounding
+            continue
+        own, theirs = ((t - reference).norm() / reference.norm() for t in (own, theirs))
+        # Of a kernel near zero the gradient hangs on eps, and both lose digits.
+        assert own < 3 * theirs + 0.05
+        ratios.append(own / theirs)
+    assert len(ratios) > 100
+    assert torch.stack(ratios).log().mean().exp() < 1
 
 
 def test_float32_with_a_large_mean():
@@ -277,6 +286,92 @@ def test_copies_and_compiles():
     assert torch.equal(pickle.loads(pickle.dumps(block))(x), expected)
     compiled = torch.compile(block, backend='eager', fullgraph=True)
     assert relative(compiled(x), expected) < 1e-12
+
+
+def test_gradients_accumulate():
+    """Two parameters whose gradients are views of one memory would each count the other's."""
+    fused, plain = twins(FastViT, arch=TINY, feature_norm=True)
+    for seed in range(2):
+        for model in (fused, plain):
+            outs = model(random_input(3, (33, 64), seed=seed))
+            sum(out.square().mean() for out in outs).backward()
+    compare(fused, plain)
+    storages = [p.grad.untyped_storage().data_ptr() for p in fused.stem[0].parameters()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_half_precision_runs_branch_by_branch():
+    """A layer scale of 1e-6 times a weight is nothing in float16."""
+    fused, plain = (m.half() for m in twins(RepMixer, dim=3, layer_scale=1.0, **BN))
+    x = random_input(3).half()
+    assert torch.equal(fused(x), plain(x))
+    fused, plain = twins(RepMixer, dim=3, layer_scale=1.0, **BN)
+    with torch.autocast('cpu', torch.float16):
+        assert torch.equal(fused(random_input(3)), plain(random_input(3)))
+
+
+def test_channels_last():
+    """The fast path wants contiguous images, and takes those in channels_last all the same; the
+    operator that aborts PyTorch (docs/channels_last_crash.py) is not reached in either layout."""
+    fused, plain = twins(FastViT, arch=TINY)
+    for size in ((64, 64), (96, 96), (64, 128), (128, 128)):
+        x = random_input(3, size)
+        for model, layout in ((fused, torch.channels_last), (plain, torch.contiguous_format)):
+            sum(out.square().mean() for out in model(x.to(memory_format=layout))).backward()
+    compare(fused, plain)
+
+
+CRASHES = """
+import torch
+from fastvit_mm import FastViT
+for fused in (True, False):
+    model = FastViT('t8', fused_training=fused).train().to(memory_format=torch.channels_last)
+    for size in (128, 160, 192, 224, 128):
+        x = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
+        sum(out.square().mean() for out in model(x)).backward()
+"""
+
+
+@pytest.mark.slow
+def test_weights_in_channels_last():
+    # glibc checks its heap at every call, and fills what is freed.
+    env = {**os.environ, 'MALLOC_CHECK_': '3', 'MALLOC_PERTURB_': '165', 'OMP_NUM_THREADS': '1'}
+    run = subprocess.run([sys.executable, '-c', CRASHES], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+
+
+def test_steps_aside_on_other_devices():
+    """No work for a path that is not taken: as many operators as branch by branch."""
+    counts = []
+    for fused in (True, False):
+        model = FastViT(TINY, fused_training=fused).to('meta').train()
+        with Count() as count:
+            model(torch.empty(2, 3, 64, 64, device='meta'))
+        counts.append(count.operators)
+    assert counts[0] == counts[1] > 100
+
+
+class Count(TorchDispatchMode):
+    operators = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_gradients_of_gradients(name):
+    build, channels = BLOCKS[name]
+    found = []
+    for block in twins(build):
+        x = random_input(channels).requires_grad_()
+        (gradient,) = torch.autograd.grad(block(x).pow(3).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        found.append({'x': x.grad, **{k: p.grad for k, p in block.named_parameters()}})
+    for key, b in found[1].items():
+        a = found[0][key]
+        # A parameter that no second derivative reaches has none, or zeros.
+        assert (a is None or not a.any()) if b is None else close(a, b, 1e-8), key
 
 
 def test_deployed_while_training():

@@ -133,6 +133,8 @@ class HandWritten(Function):
     @staticmethod
     def gradients(ctx, plain: Callable, inputs: Iterable, dy: Tensor) -> list[Tensor | None]:
         """Differentiable gradients of ``plain(*inputs)``, None where none is needed."""
+        # Views, since an input may have been computed from another one.
+        inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
         found = iter(torch.autograd.grad(plain(*inputs), wanted, dy, create_graph=True))
         return [next(found) if needed else None for needed in ctx.needs_input_grad]
@@ -399,15 +401,18 @@ def patch_sum(x: Tensor, convs: list[tuple[Tensor, nn.BatchNorm2d]], k: int, str
         mean = patches.sum((0, 2), keepdim=True) / count
         patches = patches - mean
         covariance = (patches @ patches.transpose(1, 2)).sum(0) / count
-        weight, bias = 0, mean.new_zeros(())
+        weight, biases = 0, []
         for w, norm in convs:
             w = F.pad(w, [(k - w.shape[-1]) // 2] * 4).flatten(1).to(mean.dtype)
             var = (w @ covariance * w).sum(1).clamp(min=0)
             factor = (var + norm.eps).rsqrt()
             factor = factor if norm.weight is None else factor * norm.weight
             weight = weight + factor[:, None] * w
-            bias = bias if norm.bias is None else bias + norm.bias[:, None].to(mean.dtype)
+            if norm.bias is not None:
+                biases.append(norm.bias)
             count_batch(norm, w.detach() @ mean.detach().flatten(), var.detach(), count)
+        # Added up before any view of them, or their gradients would be views of one memory.
+        bias = sum(biases).to(mean.dtype)[:, None] if biases else mean.new_zeros(())
     out = torch.baddbmm(bias, weight.expand(len(x), -1, -1), patches)
     return out.view(len(x), -1, *size).to(computed_in(x))
 

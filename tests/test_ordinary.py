@@ -1,0 +1,278 @@
+"""Whoever looks at a layer or follows what it computes sees an ordinary network, in every form."""
+
+import copy
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn as nn
+from randomize import randomize, relative
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune
+
+from fastvit_mm import FastViT
+from fastvit_mm.models.deploy import DeployFFN
+from fastvit_mm.models.fastvit import ConvFFN
+from fastvit_mm.models.fused_training import set_fused
+
+ARCH = dict(depths=(1, 1, 1, 1), widths=(16, 32, 64, 64), attention=(0, 0, 0, 1), ffn_ratio=2)
+FORMS = ['training', 'eval', 'deploy']
+
+
+def network(form, **args):
+    model = randomize(FastViT(ARCH, **args)).train(form == 'training')
+    if form == 'deploy':
+        model.switch_to_deploy()
+        with torch.no_grad():
+            model(torch.randn(1, 3, 64, 64))  # weights are rearranged already
+    return model
+
+
+def images(dtype=torch.float32, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, 64, 64, generator=generator).to(dtype)
+
+
+def agree(outs, references, limit=1e-5):
+    for a, b in zip(outs, references, strict=True):
+        assert relative(a, b) < limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('form', FORMS)
+def test_compiles_to_one_graph(form, with_cp):
+    if with_cp and form != 'training':
+        pytest.skip('nothing is recomputed without gradients')
+    torch._dynamo.reset()
+    model, twin = (network(form, with_cp=with_cp, feature_norm=True) for _ in range(2))
+    exact = form != 'deploy'  # whose fast path is for float32
+    dtype, limit = (torch.float64, 1e-8) if exact else (torch.float32, 1e-5)
+    model.to(dtype), twin.to(dtype)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x = images(dtype)
+    with torch.set_grad_enabled(form == 'training'):
+        for _ in range(2):
+            outs, references = compiled(x), twin(x)
+            agree(outs, references, limit)
+            if form == 'training':
+                for values in (outs, references):
+                    sum(out.square().mean() for out in values).backward()
+    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert relative(a, b) < limit, name
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if b.grad is not None and b.grad.abs().max() > 1e-12:
+            assert relative(a.grad, b.grad) < limit, name
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor_and_frozen_weights():
+    model = network('deploy')
+    with torch.no_grad():
+        expected = model(images())
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, options={'freezing': True})
+        agree(compiled(images()), expected)
+
+
+@pytest.mark.parametrize('form', ['eval', 'deploy'])
+def test_vmap(form):
+    model = network(form)
+    x = images(batch=6).view(3, 2, 3, 64, 64)
+    with torch.no_grad():
+        expected = [torch.stack(outs) for outs in zip(*map(model, x), strict=True)]
+        agree(torch.func.vmap(model)(x), expected)
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('way', ['jvp', 'dual numbers'])
+def test_forward_mode(way, form, gradients):
+    """Against differences. Under no_grad a fast path would give a derivative of 0 in silence."""
+    if way == 'jvp' and form == 'training':
+        pytest.skip('torch.func refuses BatchNorm that counts batches')
+    model = network(form).double()
+    x, direction = images(torch.float64), images(torch.float64, seed=1)
+    step = 1e-6
+    with torch.no_grad():
+        ahead, behind = (copy.deepcopy(model)(x + s * step * direction)[3] for s in (1, -1))
+    # float32 is what the deploy form's fast path takes
+    dtype = torch.float32 if form == 'deploy' else torch.float64
+    model, x, direction = model.to(dtype), x.to(dtype), direction.to(dtype)
+    with torch.set_grad_enabled(gradients):
+        if way == 'jvp':
+            _, tangent = torch.func.jvp(lambda x: model(x)[3], (x,), (direction,))
+        else:
+            with forward_ad.dual_level():
+                out = model(forward_ad.make_dual(x, direction))[3]
+                tangent = forward_ad.unpack_dual(out).tangent
+    assert relative(tangent, (ahead - behind) / (2 * step)) < 1e-4
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_functional_call(form):
+    model = network(form)
+    other = {k: 1.1 * v.detach() for k, v in model.named_parameters()}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict({**twin.state_dict(), **other})
+    with torch.no_grad():
+        before = copy.deepcopy(model)(images())
+        agree(torch.func.functional_call(copy.deepcopy(model), other, (images(),)), twin(images()))
+        agree(model(images()), before)
+
+
+def test_gradients_of_gradients():
+    """Of the whole network; PyTorch's fused attention has none, its plain one does."""
+    found = []
+    for fused in (True, False):
+        model = network('training').double()
+        set_fused(model, fused)
+        x = images(torch.float64).requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = sum(out.square().mean() for out in model(x))
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            gradient.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        if b is not None and b.abs().max() > 1e-9:
+            assert relative(a, b) < 1e-7
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_fx(form):
+    model = network(form, drop_path_rate=0.2)
+    graph = torch.fx.symbolic_trace(model)
+    called = {n.target for n in graph.graph.nodes if n.op == 'call_module'}
+    convolutions = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert convolutions <= called
+    results = []
+    for one in (graph, model):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(one(images()))
+    agree(*results)
+
+
+def leaves(model):
+    kinds = nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.GELU
+    return [m for m in model.modules() if isinstance(m, kinds)]
+
+
+@pytest.mark.parametrize('kind', ['forward', 'forward_pre', 'full_backward', 'everywhere'])
+@pytest.mark.parametrize('form', FORMS)
+def test_hooks_see_every_layer(form, kind):
+    model = network(form)
+    gradients = form == 'training' or kind == 'full_backward'
+    with torch.set_grad_enabled(gradients):
+        expected = copy.deepcopy(model)(images())
+    seen = []
+    note = lambda module, *_: seen.append(module)  # noqa: E731
+    if kind == 'everywhere':
+        handles = [nn.modules.module.register_module_forward_hook(note)]
+    else:
+        handles = [getattr(m, f'register_{kind}_hook')(note) for m in leaves(model)]
+    try:
+        with torch.set_grad_enabled(gradients):
+            outs = model(images())
+            agree(outs, expected)
+            if kind == 'full_backward':
+                sum(out.sum() for out in outs).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = [m for m in seen if m in set(leaves(model))]
+    assert sorted(map(id, seen)) == sorted(map(id, leaves(model))), 'not each of them once'
+
+
+def test_a_hook_may_change_what_a_layer_gives():
+    model = network('deploy')
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+    with torch.no_grad():
+        outs = model(images())
+    with torch.enable_grad():
+        agree(outs, model(images()))
+
+
+@pytest.mark.filterwarnings('ignore:torch.ao.quantization is deprecated')
+def test_dynamic_quantization():
+    model = network('deploy')
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    layers = [m for m in quantized.modules() if isinstance(m, kind)]
+    assert len(layers) == sum(isinstance(m, nn.Linear) for m in model.modules()) == 2
+    with torch.no_grad():
+        difference = relative(quantized(images())[3], model(images())[3])
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_pruning(form):
+    """Keeps its mask through training steps, and every form respects it."""
+    model = network(form)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    before = model(images())[3].detach()
+    for layer in layers:
+        prune.random_unstructured(layer, 'weight', 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(out.mean() for out in model(images())).backward()
+        optimizer.step()
+    if form != 'training':
+        with torch.no_grad():
+            outs = model(images())
+        agree(outs, model(images()))
+        assert relative(outs[3], before) > 0.1
+    for layer in layers:
+        prune.remove(layer, 'weight')
+        assert (layer.weight == 0).float().mean() > 0.45
+    if form == 'deploy':
+        with torch.no_grad():
+            agree(model(images()), outs)
+
+
+class LowRank(nn.Module):
+    """A frozen layer and a small one beside it that learns."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.beside = nn.Conv2d(layer.in_channels, layer.out_channels, 1)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_wrapped_layers(form):
+    model = network(form)
+    wrappers = []
+    for module in model.modules():
+        if isinstance(module, ConvFFN | DeployFFN):
+            module.fc1 = LowRank(module.fc1)
+            wrappers.append(module.fc1)
+    outs = model(images())
+    sum(out.square().mean() for out in outs).backward()
+    assert len(wrappers) == 4
+    for wrapper in wrappers:
+        assert wrapper.beside.weight.grad.any()
+        assert wrapper.layer.weight.grad is None
+    if form != 'training':
+        with torch.no_grad():
+            agree(model(images()), outs)
+
+
+def test_parametrized_layers():
+    model = network('deploy')
+
+    class Half(nn.Module):
+        def forward(self, weight):
+            return 0.5 * weight
+
+    for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
+        nn.utils.parametrize.register_parametrization(layer, 'weight', Half())
+    with torch.no_grad():
+        outs = model(images())
+    agree(outs, model(images()))
