@@ -1,12 +1,14 @@
 """Models and predictions in two calls, whatever the task; the packages' own APIs do the work."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 
 from . import weights
@@ -101,29 +103,52 @@ def inference(model: nn.Module, images: Images):
     """
     many = isinstance(images, list | tuple)
     items = [str(i) if isinstance(i, Path) else i for i in (images if many else [images])]
-    scope = model.cfg.default_scope
-    with DefaultScope.overwrite_default_scope(scope):
-        if scope == 'mmpretrain':
-            from mmpretrain.apis import ImageClassificationInferencer
-
-            device = next(model.parameters()).device
-            results = ImageClassificationInferencer(model, device=device)(items)
-        elif scope == 'mmdet':
-            from mmdet.apis import inference_detector
-
-            results = [on_own_config(inference_detector, model, i) for i in items]
-        else:
-            from mmseg.apis import inference_model
-
-            results = [on_own_config(inference_model, model, i) for i in items]
+    with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():
+        predict = predictor(model)
+        results = [predict(item) for item in items]
     return results if many else results[0]
 
 
-def on_own_config(infer, model: nn.Module, image):
-    """One image by a package's function, which changes ``model.cfg`` to suit arrays or paths."""
-    config = model.cfg
-    model.cfg = copy.deepcopy(config)
-    try:
-        return infer(model, image)
-    finally:
-        model.cfg = config
+def predictor(model: nn.Module) -> Callable:
+    """What predicts for one image, built once and kept with the model."""
+    kept = model.__dict__.get('_predictor')
+    if kept is None or kept.config is not model.cfg:
+        kind = ByInferencer if model.cfg.default_scope == 'mmpretrain' else ByPipeline
+        kept = model._predictor = kind(model)
+    return kept
+
+
+class ByInferencer:
+    """By mmpretrain's inferencer."""
+
+    def __init__(self, model: nn.Module):
+        from mmpretrain.apis import ImageClassificationInferencer
+
+        self.config = model.cfg
+        self.inferencer = ImageClassificationInferencer(model)
+
+    def __call__(self, image) -> dict:
+        inferencer = self.inferencer
+        inferencer.classes = inferencer.model._dataset_meta.get('classes')
+        # its call, without the progress bar
+        (batch,) = inferencer.preprocess([image])
+        return inferencer.postprocess(inferencer.forward(batch), [])[0]
+
+
+class ByPipeline:
+    """As mmdet's and mmseg's functions do, which build the test pipeline anew for every image."""
+
+    def __init__(self, model: nn.Module):
+        self.config, self.model = model.cfg, model
+        steps = model.cfg.get('test_pipeline') if model.cfg.default_scope == 'mmseg' else None
+        steps = steps or model.cfg.test_dataloader.dataset.pipeline
+        steps = [dict(s) for s in steps if not s['type'].endswith('LoadAnnotations')]
+        self.from_path = Compose(steps)
+        self.from_array = Compose([steps[0] | dict(type='LoadImageFromNDArray'), *steps[1:]])
+
+    def __call__(self, image):
+        if isinstance(image, np.ndarray):
+            data = self.from_array(dict(img=image, img_id=0))
+        else:
+            data = self.from_path(dict(img_path=image, img_id=0))
+        return self.model.test_step(pseudo_collate([data]))[0]

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from randomize import randomize, relative
 from test_tools import CLASSIFICATION, CONFIGS, DETECTION, ROOT, SEGMENTATION, shallow
 from test_weights import Hostile
 
 import fastvit_mm
 from fastvit_mm import FastViTError
+from fastvit_mm.models.deploy import Deployed
 from fastvit_mm.reparameterize import mergeable
 
 # Small images; every box counts, as random weights are sure of nothing.
@@ -229,3 +231,34 @@ def test_by_mmsegs_own_api(case):
     model = case.model()
     ours = says(fastvit_mm.inference(model, case.image))
     assert torch.equal(says(inference_model(model, case.image)), ours)
+
+
+@tasks
+def test_built_once_and_quiet(case, capsys, monkeypatch):
+    """The pipeline is built for the first image; nothing is printed, no rearranged weight lost."""
+    model = case.model(reparam=True)
+    first = says(fastvit_mm.inference(model, case.image))
+    built = []
+    original = Compose.__init__
+
+    def note(self, steps):
+        built.extend(s for s in steps or () if isinstance(s, dict))
+        original(self, steps)
+
+    monkeypatch.setattr(Compose, '__init__', note)
+    parts = [m for m in model.modules() if isinstance(m, Deployed)]
+    weights = [w for m in parts for r in m.rearranged.values() for w in r.by_order.values()]
+    assert weights
+    capsys.readouterr()
+    assert torch.equal(says(fastvit_mm.inference(model, case.image)), first)
+    kept = [w for m in parts for r in m.rearranged.values() for w in r.by_order.values()]
+    assert all(a is b for a, b in zip(weights, kept, strict=True))
+    assert not built
+    assert capsys.readouterr() == ('', '')
+    monkeypatch.undo()
+    # copies and saved models have predictors of their own
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.mul_(0.5)
+    assert not torch.equal(says(fastvit_mm.inference(twin, case.image)), first)
+    assert torch.equal(says(fastvit_mm.inference(model, case.image)), first)
