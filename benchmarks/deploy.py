@@ -18,7 +18,11 @@ def add_arguments(parser) -> None:
     parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='pairs up with sizes')
     parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=sides.DTYPES)
     parser.add_argument(
-        '--modes', nargs='+', default=['eager'], choices=sides.MODES, help='graph: CUDA graphs'
+        '--modes',
+        nargs='+',
+        default=['eager'],
+        choices=sides.MODES,
+        help="eager:compile: ours as it is, timm's compiled; graph: CUDA graphs",
     )
     parser.add_argument('--half', action='store_true', help='ours in bf16 against ours in fp32')
 
@@ -39,10 +43,13 @@ def run(args, report: Report) -> None:
                 pair = {name: (model, dtype) for name, model in models.items()}
                 if args.half:
                     pair = {own: (models['ours'], own) for own in ('bf16', 'fp32')}
+                torch._dynamo.reset()
                 outcome = sides.contest(
                     {
-                        name: sides.calls(model, inputs, args.device, own, mode)
-                        for name, (model, own) in pair.items()
+                        name: sides.calls(model, inputs, args.device, own, run)
+                        for (name, (model, own)), run in zip(
+                            pair.items(), sides.MODES[mode], strict=True
+                        )
                     },
                     args.seconds,
                     args.device,

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.models.onednn import Rearranged
 from fastvit_mm.reparameterize import distance, tensors
 
 MIN_TURNS, MAX_TURNS = 5, 500
@@ -126,7 +127,8 @@ def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
 
     On a GPU what PyTorch allocated there. On the CPU the resident memory of the process, which
     counts every library's allocations: the least of three calls, since the first may also fill
-    caches. None where the system cannot tell (not Linux).
+    caches. Rearranged weights of deployed models are made anew in each, and count. None where the
+    system cannot tell (not Linux).
     """
     gc.collect()
     if device.startswith('cuda'):
@@ -144,11 +146,28 @@ def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
 
 def resident_growth(call: Callable) -> int:
     """By how many bytes the resident memory of this process grows during ``call``; Linux."""
+    for weight in Rearranged.everywhere:
+        weight.forget()
     ctypes.CDLL(None).malloc_trim(0)
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew
     before = process_memory('VmRSS')
     call()
     return max(process_memory('VmHWM') - before, 0)
+
+
+def page_faults(call: Callable) -> int | None:
+    """Pages of memory (4 KB) that the system cleared and gave anew during one ``call``: the least
+    of three, after one that does not count. None where the system cannot tell."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(faults[1:])
 
 
 def saved_memory(forward: Callable, parameters) -> int:

@@ -105,8 +105,8 @@ def eager(model: nn.Module, inputs: Tensor) -> Callable:
 
 
 def compiled(model: nn.Module, inputs: Tensor) -> Callable:
-    torch._dynamo.reset()
-    fast = torch.compile(model)
+    """By inductor; on the CPU with its freezing, which takes the weights as constants."""
+    fast = torch.compile(model, options={'freezing': True} if inputs.device.type == 'cpu' else None)
     return lambda: fast(inputs)
 
 
@@ -129,19 +129,27 @@ def cuda_graph(model: nn.Module, inputs: Tensor) -> Callable:
     return replay
 
 
-MODES = dict(eager=eager, compile=compiled, graph=cuda_graph)
+#: How ours and timm's run.
+MODES = {
+    'eager': (eager, eager),
+    'compile': (compiled, compiled),
+    'eager:compile': (eager, compiled),
+    'graph': (cuda_graph, cuda_graph),
+}
 
 
 def calls(
-    model: nn.Module, inputs: Tensor, device: str = 'cpu', dtype: str = 'fp32', mode: str = 'eager'
+    model: nn.Module,
+    inputs: Tensor,
+    device: str = 'cpu',
+    dtype: str = 'fp32',
+    run: Callable = eager,
 ) -> dict[str, Callable]:
     """A call for each memory layout of weights and images."""
     made = {}
     for name, layout in LAYOUTS.items():
         placed = copy.deepcopy(model).to(device, DTYPES[dtype]).to(memory_format=layout)
-        made[name] = MODES[mode](
-            placed, inputs.to(device, DTYPES[dtype]).contiguous(memory_format=layout)
-        )
+        made[name] = run(placed, inputs.to(device, DTYPES[dtype]).contiguous(memory_format=layout))
     return made
 
 
@@ -199,5 +207,7 @@ def contest(
     row['turns'] = len(times[best[first]])
     for side, own in (memory or sides).items():
         call = own[best[side].removeprefix(f'{side}, ')]
+        if device == 'cpu':
+            row[f'{side}, page faults'] = measure.page_faults(call)
         row[f'{side}, peak MB'] = measure.megabytes(measure.peak_memory(call, device))
     return Outcome(row, ratio, contiguous, median(times[best[first]]))

@@ -8,6 +8,7 @@ for the CPU.
 """
 
 from functools import cache
+from weakref import WeakSet
 
 import torch
 import torch.nn as nn
@@ -95,7 +96,10 @@ class Rearranged:
     these. Copies and pickles are empty.
     """
 
+    everywhere = WeakSet()
+
     def __init__(self):
+        self.everywhere.add(self)
         self.forget()
 
     def forget(self) -> None:
