@@ -275,6 +275,26 @@ def test_initial_weights():
         (dict(out_indices=()), ['out_indices']),
         (dict(frozen_stages=5), ['frozen_stages', '5']),
         (dict(norm_cfg=dict(type='GN', num_groups=2)), ['GN', 'BN']),
+        (dict(norm_cfg=None), ['norm_cfg', 'BN']),
+        (dict(norm_cfg=dict(eps=1e-3)), ['norm_cfg', 'BN']),
+        (dict(act_cfg=None), ['act_cfg', 'GELU']),
+        (dict(arch=12), ['12', 'name', 'dict']),
+        (dict(arch=None), ['None', 'name', 'dict']),
+        (dict(arch=dict(depths=2, widths=(8,) * 4)), ['depths', 'four', '2']),
+        (dict(arch=dict(depths=(1.5,) * 4, widths=(8,) * 4)), ['depths', 'whole', '1.5']),
+        (dict(arch=dict(depths=(1,) * 4, widths=(0,) * 4)), ['widths', 'from 1']),
+        (dict(arch=dict(depths=(1,) * 4, widths=(8,) * 4, ffn_ratio=0)), ['ffn_ratio', '0']),
+        (dict(arch=dict(depths=(1,) * 4, widths=(8,) * 4, layer_scale='a')), ['layer_scale', 'a']),
+        (dict(drop_path_rate=1.0), ['drop_path_rate', '1.0', '[0, 1)']),
+        (dict(drop_path_rate=-0.1), ['drop_path_rate', '-0.1']),
+        (dict(drop_path_rate='0.1'), ['drop_path_rate', '0.1']),
+        (dict(in_channels=0), ['in_channels', '0']),
+        (dict(in_channels='rgb'), ['in_channels', 'rgb']),
+        (dict(out_indices=(2, 1)), ['out_indices', '(2, 1)', 'order']),
+        (dict(out_indices=(1, 1)), ['out_indices', '(1, 1)', 'once']),
+        (dict(out_indices=(True, 2)), ['out_indices', 'True']),
+        (dict(out_indices=1.5), ['out_indices', '1.5']),
+        (dict(frozen_stages=1.5), ['frozen_stages', '1.5']),
     ],
 )
 def test_wrong_arguments(args, words):
@@ -282,6 +302,9 @@ def test_wrong_arguments(args, words):
         FastViT(**args)
     assert '\n' not in str(error.value)
     assert all(w in str(error.value) for w in words), error.value
+    # and through the registry, as configs are built
+    with pytest.raises(FastViTError):
+        MODELS.build(dict(type='FastViT', **args))
 
 
 def test_smallest_input():

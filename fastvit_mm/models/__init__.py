@@ -1,4 +1,5 @@
-from .fastvit import ARCHS, FastViT
+from .archs import ARCHS
+from .fastvit import FastViT
 from .fastvit_neck import FastViTNeck
 
 __all__ = ['ARCHS', 'FastViT', 'FastViTNeck']

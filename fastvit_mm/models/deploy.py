@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn
+from .archs import HEAD_WIDTH
 from .onednn import Rearranged
 from .ordinary import DeployWeight, transformed, untouched
 
 #: What is between two layers is cut into strips of the latter size from the former on, in bytes.
 #: Below that, memory is recycled (onednn.recycle_memory).
 LARGE, STRIP = onednn.RECYCLED, 8 << 20
-
-HEAD_WIDTH = 32
 
 
 def deployed(module: nn.Module) -> nn.Module:

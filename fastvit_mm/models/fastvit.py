@@ -1,7 +1,8 @@
 """FastViT (Vasu et al., ICCV 2023, https://arxiv.org/abs/2303.14189).
 
-Read from the bottom: :class:`FastViT` stacks a stem and four stages of blocks. A variant is a row
-of :data:`ARCHS`. Parameter names are timm's, so that timm's weights load as they are.
+Read from the bottom: :class:`FastViT` stacks a stem and four stages of blocks. This is the training
+form; :mod:`.deploy` has what runs afterwards. A variant is a row of :data:`.archs.ARCHS`. Parameter
+names are timm's, so that timm's weights load as they are.
 """
 
 from collections import OrderedDict
@@ -22,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_mm.errors import FastViTError
 
+from .archs import HEAD_WIDTH, parse_arch
 from .deploy import (
-    HEAD_WIDTH,
     DeployAttention,
     DeployFFN,
     DeployStem,
@@ -49,71 +50,7 @@ from .rep_conv import (
     refill,
 )
 
-#: Table 2 of the paper. ``attention`` marks the stages that mix tokens by self-attention.
-ARCHS = {
-    't8': dict(depths=(2, 2, 4, 2), widths=(48, 96, 192, 384), ffn_ratio=3),
-    't12': dict(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512), ffn_ratio=3),
-    's12': dict(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512)),
-    'sa12': dict(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512), attention=(0, 0, 0, 1)),
-    'sa24': dict(depths=(4, 4, 12, 4), widths=(64, 128, 256, 512), attention=(0, 0, 0, 1)),
-    'sa36': dict(
-        depths=(6, 6, 18, 6),
-        widths=(64, 128, 256, 512),
-        attention=(0, 0, 0, 1),
-        layer_scale=1e-6,
-    ),
-    'ma36': dict(
-        depths=(6, 6, 18, 6),
-        widths=(76, 152, 304, 608),
-        attention=(0, 0, 0, 1),
-        layer_scale=1e-6,
-    ),
-}
-ARCH_DEFAULTS = dict(ffn_ratio=4, attention=(0, 0, 0, 0), layer_scale=1e-5)
-
 MIN_SIZE = 32
-
-
-def parse_arch(arch: str | dict) -> dict:
-    """Settings of ``arch``: a name in :data:`ARCHS`, or a dict with ``depths`` and ``widths`` (four
-    each) and optionally ``ffn_ratio``, ``attention`` and ``layer_scale``.
-
-    Raises:
-        FastViTError: an unknown name or key, a missing key, or values that make no network.
-    """
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise FastViTError(f'unknown arch {arch!r}: choose one of {", ".join(ARCHS)}')
-        return {**ARCH_DEFAULTS, **ARCHS[arch]}
-    if not isinstance(arch, dict):
-        raise FastViTError(f'arch {arch!r} is neither a name ({", ".join(ARCHS)}) nor a dict')
-    known = ['depths', 'widths', *ARCH_DEFAULTS]
-    unknown, missing = set(arch) - set(known), {'depths', 'widths'} - set(arch)
-    if unknown or missing:
-        raise FastViTError(
-            f'arch as a dict takes {", ".join(known)}; '
-            f'unknown: {sorted(unknown) or "none"}, missing: {sorted(missing) or "none"}'
-        )
-    settings = {**ARCH_DEFAULTS, **arch}
-    for key, least in (('depths', 0), ('widths', 1), ('attention', 0)):
-        values = settings[key]
-        if not isinstance(values, list | tuple) or len(values) != 4:
-            raise FastViTError(f'arch: {key} needs four values, got {values!r}')
-        if not all(isinstance(v, int) and v >= least for v in values):
-            raise FastViTError(f'arch: {key} needs whole numbers from {least} up, got {values!r}')
-    for key in ('ffn_ratio', 'layer_scale'):
-        value = settings[key]
-        if not isinstance(value, Real) or not value > 0:
-            raise FastViTError(f'arch: {key} needs a positive number, got {value!r}')
-    for before, width in pairwise(settings['widths']):
-        if width % before:
-            raise FastViTError(f'arch: width {width} is not a multiple of {before}, the one before')
-    for width, attends in zip(settings['widths'], settings['attention'], strict=True):
-        if attends and width % HEAD_WIDTH:
-            raise FastViTError(
-                f'arch: width {width} is not a multiple of {HEAD_WIDTH} for attention'
-            )
-    return settings
 
 
 class Stem(nn.Sequential):
@@ -432,17 +369,21 @@ class FastViT(BaseModule):
     ):
         super().__init__(init_cfg)
         settings = parse_arch(arch)
-        out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        if not out_indices or not all(i in range(4) for i in out_indices):
+        several = isinstance(out_indices, Sequence)
+        out_indices = tuple(out_indices) if several else (out_indices,)
+        if not out_indices or not all(type(i) is int and i in range(4) for i in out_indices):
             raise FastViTError(f'out_indices {out_indices} out of range: choose from 0, 1, 2, 3')
         if any(i >= j for i, j in pairwise(out_indices)):
             raise FastViTError(f'out_indices {out_indices}: give each stage once, in their order')
-        if frozen_stages not in range(-1, 5):
+        if type(frozen_stages) is not int or frozen_stages not in range(-1, 5):
             raise FastViTError(f'frozen_stages {frozen_stages} out of range: choose from -1 to 4')
-        if not isinstance(in_channels, int) or in_channels < 1:
+        if type(in_channels) is not int or in_channels < 1:
             raise FastViTError(f'in_channels {in_channels!r}: give a whole number from 1 up')
         if not isinstance(drop_path_rate, Real) or not 0 <= drop_path_rate < 1:
-            raise FastViTError(f'drop_path_rate {drop_path_rate!r} is not in [0, 1)')
+            raise FastViTError(f'drop_path_rate {drop_path_rate!r} is not a number in [0, 1)')
+        for key, cfg, example in (('norm_cfg', norm_cfg, 'BN'), ('act_cfg', act_cfg, 'GELU')):
+            if not isinstance(cfg, dict) or 'type' not in cfg:
+                raise FastViTError(f"{key} {cfg!r}: give a dict such as dict(type='{example}')")
         self.settings = settings
         self.out_indices = out_indices
         self.feature_norm = feature_norm

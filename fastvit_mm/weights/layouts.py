@@ -8,7 +8,7 @@ import re
 
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.models import ARCHS
-from fastvit_mm.models.fastvit import parse_arch
+from fastvit_mm.models.archs import parse_arch
 
 from .states import State
 
