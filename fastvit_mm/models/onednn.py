@@ -18,14 +18,12 @@ from .ordinary import DeployWeight, ordinary, private, untouched
 
 # By overload: to find one by itself, PyTorch reads a bias as integers, value by value.
 convolve = private('ops.mkldnn._convolution_pointwise.default')
-convolve_add = private('ops.mkldnn._convolution_pointwise.binary')
 multiply = private('ops.mkldnn._linear_pointwise.default')
 multiply_add = private('ops.mkldnn._linear_pointwise.binary')
 reorder_convolution = private('ops.mkldnn._reorder_convolution_weight')
 reorder_linear = private('ops.mkldnn._reorder_linear_weight')
 order_of = private('ops.mkldnn._get_mkldnn_serialized_md')
 PLAIN, GELU = ('none', [], ''), ('gelu', [], 'none')
-ADD = 'add', 1.0, None, [], None
 
 #: Orders and sizes of input that a layer remembers before it starts anew. An order costs the
 #: memory of the layer's weight; a network rarely meets more than two.
@@ -49,8 +47,8 @@ def recycle_memory() -> None:
 
 @cache
 def has_onednn() -> bool:
-    operators = convolve, convolve_add, multiply, multiply_add
-    found = None not in (*operators, reorder_convolution, reorder_linear)
+    operators = convolve, multiply, multiply_add, reorder_convolution, reorder_linear
+    found = None not in operators
     return found and torch.backends.mkldnn.is_available()
 
 
@@ -158,16 +156,14 @@ def convolution(
         add: give the sum with this.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    if add is not None:
-        add = add.contiguous(memory_format=torch.channels_last)
     if is_pointwise(layer):
-        add = None if add is None else add.permute(0, 2, 3, 1)
+        if add is not None:
+            add = add.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         return linear(x.permute(0, 2, 3, 1), layer, weight, gelu, add).permute(0, 3, 1, 2)
     args = layer.padding, layer.stride, layer.dilation, layer.groups
-    given = weight.of(layer, x.shape, reorder_convolution, *args), layer.bias, *args
-    if add is not None:
-        return convolve_add(x, add, *given, *ADD)
-    return convolve(x, *given, *(GELU if gelu else PLAIN))
+    rearranged = weight.of(layer, x.shape, reorder_convolution, *args)
+    y = convolve(x, rearranged, layer.bias, *args, *(GELU if gelu else PLAIN))
+    return y if add is None else add + y
 
 
 def is_pointwise(layer: nn.Conv2d) -> bool:
