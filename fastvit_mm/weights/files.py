@@ -158,7 +158,8 @@ def read(source: str | Path, map_location='cpu') -> dict:
                 'refused; save its state_dict alone with torch.save'
             ) from error
         raise FastViTError(
-            f'{place} is truncated or not a checkpoint ({one_line(error)}): fetch or save it again'
+            f'{place} is truncated or not a checkpoint ({one_line(error)}): '
+            'remove it, then fetch or save it again'
         ) from error
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     if isinstance(meta, dict):
@@ -169,9 +170,12 @@ def read(source: str | Path, map_location='cpu') -> dict:
 def content_of(address: str) -> io.BytesIO:
     backend = backend_of(address)
     try:
-        return io.BytesIO(backend.get(address))
+        content = backend.get(address)
     except Exception as error:  # each client has its own
         raise FastViTError(f'cannot read {address}: {one_line(error)}') from error
+    if not content:
+        raise FastViTError(f'cannot read {address}: there is nothing')
+    return io.BytesIO(content)
 
 
 def read_safetensors(file: Path | io.BytesIO, place: Path | str) -> State:
