@@ -15,12 +15,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.fileio import BaseStorageBackend, register_backend
 from mmengine.fileio.backends import backends, prefix_to_backends
-from mmengine.model import BaseModel, BaseModule
+from mmengine.model import BaseModel, BaseModule, PretrainedInit
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint, load_checkpoint
 from test_weights import Hostile, says
 
 from fastvit_mm import FastViT, FastViTError, launch, weights
+from fastvit_mm.weights import engine
 
 ARCH = dict(depths=(1, 1, 1, 1), widths=(16, 16, 32, 32), ffn_ratio=2)
 
@@ -198,13 +199,13 @@ def test_mmengine_still_loads(tmp_path):
     ].is_meta
 
 
-def test_installed_once_or_twice(hostile, monkeypatch):
+def test_installed_once_or_twice(monkeypatch):
     monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
     CheckpointLoader.register_scheme('mine://', lambda *_: 'mine', force=True)
     before = dict(CheckpointLoader._schemes)
     weights.install()
     assert before == CheckpointLoader._schemes  # what others registered stays
-    assert WEIGHT_INITIALIZERS.get('Pretrained') is weights.Pretrained
+    assert PretrainedInit.__call__ is engine.initialize and engine.lenient is not engine.initialize
 
 
 # ------------------------------------------------------------------------------ files elsewhere

@@ -4,7 +4,7 @@ Four layouts hold FastViT's weights: the authors', timm's, ours, and whole OpenM
 FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, ``head.*``) here.
 """
 
-from .engine import Pretrained, install
+from .engine import install
 from .files import check_target, find, read, save, state_dict_of
 from .forms import convert
 from .layouts import (
@@ -22,7 +22,6 @@ from .states import first
 
 __all__ = [
     'SHARED',
-    'Pretrained',
     'arch_of',
     'authors_to_timm',
     'check_target',

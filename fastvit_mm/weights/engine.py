@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch.nn as nn
 from mmengine.model.weight_init import PretrainedInit
-from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from fastvit_mm.errors import FastViTError
@@ -12,18 +11,16 @@ from fastvit_mm.errors import FastViTError
 from .files import read
 from .loading import has_fastvit, load
 
+#: mmengine's own: with strict=False, a file whose names do not match loads nothing, in silence.
+lenient = PretrainedInit.__call__
 
-class Pretrained(PretrainedInit):
-    """mmengine's ``Pretrained``, but strict for models with a FastViT in them.
 
-    mmengine loads with strict=False: a file whose names do not match loads nothing, in silence.
-    """
-
-    def __call__(self, module: nn.Module) -> None:
-        if has_fastvit(module):
-            load(module, self.checkpoint, prefix=self.prefix)
-        else:
-            super().__call__(module)
+def initialize(self: PretrainedInit, module: nn.Module) -> None:
+    """What ``init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)`` does to ``module``."""
+    if has_fastvit(module):
+        load(module, self.checkpoint, prefix=self.prefix)
+    else:
+        lenient(self, module)
 
 
 def load_from_fastvit_mm(filename: str, map_location=None) -> dict:
@@ -56,11 +53,11 @@ LOADERS = {
 def install() -> None:
     """Make mmengine load through this package; doing it twice changes nothing.
 
-    - Its loaders fall back to an unsafe load, or leave safety to torch's defaults: a file then runs
-      code. They are replaced by :func:`read`, for every model. Those that others registered stay.
-    - Its ``Pretrained`` is replaced by ours.
+    - Its loaders fall back to an unsafe load, or leave safety to torch's defaults: a file can then
+      run code. :func:`read` takes their place, for every model; loaders of others stay.
+    - Its ``Pretrained`` is strict for modules with a FastViT in them.
     """
-    WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True, module=Pretrained)
+    PretrainedInit.__call__ = initialize
     loader = mmengine_checkpoint.CheckpointLoader
     for prefix, function in list(loader._schemes.items()):
         if function.__module__ == mmengine_checkpoint.__name__ and function.__name__ in LOADERS:

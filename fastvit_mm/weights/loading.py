@@ -140,12 +140,20 @@ def load(
     return checkpoint
 
 
+def is_pretrained(init_cfg) -> bool:
+    kind = init_cfg.get('type') if isinstance(init_cfg, dict) else None
+    name = getattr(kind, '__name__', str(kind))  # configs in plain Python name the class
+    return name.rpartition('.')[2] in ('Pretrained', 'PretrainedInit')
+
+
 def drop_pretrained(node) -> None:
     """Take every ``Pretrained`` out of a model's config: a checkpoint will overwrite them."""
     if isinstance(node, dict):
         init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        if is_pretrained(init_cfg):
             node['init_cfg'] = None
+        elif isinstance(init_cfg, list | tuple):
+            node['init_cfg'] = [c for c in init_cfg if not is_pretrained(c)]
         if node.get('pretrained'):
             node['pretrained'] = None
     for child in node.values() if isinstance(node, dict) else node:
