@@ -1,5 +1,6 @@
 """No weights file runs code, whoever reads it; and files that lie elsewhere."""
 
+import argparse
 import http.server
 import multiprocessing
 import pickle
@@ -138,6 +139,18 @@ def test_a_config_inside_a_checkpoint_is_not_run(kind, backbone, trap, tmp_path)
     assert seen[0]['meta'] == {k: v for k, v in saved['meta'].items() if k != 'config'}
     for key, value in again.model.state_dict().items():
         assert torch.equal(value, saved['state_dict'][key])
+
+
+def test_meta_is_a_dict_or_nothing(tmp_path):
+    """Other types could answer as a dict does, and have a config."""
+    for meta in (argparse.Namespace(config='1/0'), ['config'], None):
+        torch.save(dict(state_dict=Plain().state_dict(), meta=meta), file := tmp_path / 'a.pth')
+        assert set(weights.read(file)) == {'state_dict'}
+        assert weights.prepare(Plain(), file)['meta'] == {}
+    torch.save(dict(meta=torch.ones(1)), file)  # a parameter of that name
+    assert weights.read(file)['meta'] == 1
+    torch.save([1], file)
+    says(lambda: weights.read(file), 'no weights', 'list')
 
 
 def fetched(monkeypatch, hostile):

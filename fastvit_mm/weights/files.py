@@ -161,9 +161,12 @@ def read(source: str | Path, map_location='cpu') -> dict:
             f'{place} is truncated or not a checkpoint ({one_line(error)}): '
             'remove it, then fetch or save it again'
         ) from error
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    if isinstance(meta, dict):
+    if not isinstance(checkpoint, dict):
+        raise FastViTError(f'{place} holds no weights but a {type(checkpoint).__name__}')
+    if isinstance(meta := checkpoint.get('meta'), dict):
         meta.pop('config', None)  # a resuming runner of mmengine would run it as Python
+    elif not isinstance(meta, Tensor):
+        checkpoint.pop('meta', None)  # nor may it come in any other form
     return checkpoint
 
 

@@ -50,19 +50,7 @@ def fit(model: nn.Module, state: State, source, whole: bool) -> State:
         state = {k: v for k, v in state.items() if not unbuilt or not k.startswith(unbuilt)}
 
     target = model.state_dict()
-    for start, module in own.items():
-        have = starting_with(state, start)
-        if any('reparam_conv' in k for k in starting_with(target, start)):
-            if have:
-                state = {k: v for k, v in state.items() if not k.startswith(start)}
-                state |= {start + k: v for k, v in merge_state(module, have).items()}
-        elif any(k.endswith('reparam_conv.weight') for k in have):
-            raise FastViTError(
-                f'{source} is in the deploy form, the model in the training form: load the '
-                'training form of these weights, or build the model with deploy=True (--cfg-options'
-                ' model.backbone.deploy=True, and for a classifier model.neck.deploy=True)'
-            )
-
+    state = in_form(state, target, own, source)
     missing, unexpected = incompatible(target, state)
     if not whole:
         # A backbone's file, or another task's, has nothing for a classifier's neck.
@@ -81,6 +69,23 @@ def fit(model: nn.Module, state: State, source, whole: bool) -> State:
             )
     if missing or unexpected:
         raise FastViTError(mismatch(source, found, wanted, missing, unexpected, state, target))
+    return state
+
+
+def in_form(state: State, target: State, own: dict[str, nn.Module], source) -> State:
+    """``state`` merged where the modules of ``target`` are in the deploy form."""
+    for start, module in own.items():
+        have = starting_with(state, start)
+        if any('reparam_conv' in k for k in starting_with(target, start)):
+            if have:
+                state = {k: v for k, v in state.items() if not k.startswith(start)}
+                state |= {start + k: v for k, v in merge_state(module, have).items()}
+        elif any(k.endswith('reparam_conv.weight') for k in have):
+            raise FastViTError(
+                f'{source} is in the deploy form, the model in the training form: load the '
+                'training form of these weights, or build the model with deploy=True (--cfg-options'
+                ' model.backbone.deploy=True, and for a classifier model.neck.deploy=True)'
+            )
     return state
 
 
