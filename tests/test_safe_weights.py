@@ -19,7 +19,7 @@ from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.model import BaseModel, BaseModule, PretrainedInit
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint, load_checkpoint
-from test_weights import Hostile, says
+from test_weights import Hostile, build, says
 
 from fastvit_mm import FastViT, FastViTError, launch, weights
 from fastvit_mm.weights import engine
@@ -84,14 +84,16 @@ def pretrained(file, **args):
 
 
 def teach(file):
-    from fastvit_mm.models import distillation
+    import fastvit_mm.models.distillation  # noqa: F401  (registers it)
 
     if 'Plain' not in MODELS:
         MODELS.register_module(name='Plain', module=Plain)
-    distillation.DistilledImageClassifier(
+    model = dict(
+        type='DistilledImageClassifier',
         backbone=dict(type='FastViT', arch=ARCH, out_indices=(3,)),
         teacher=dict(type='mmengine.Plain', init_cfg=pretrained(file)),
     )
+    build('mmpretrain', model)
 
 
 ROUTES = {
