@@ -1,8 +1,18 @@
 # STACK=onedl (default) or STACK=openmmlab: both install the same import names, so that each gets an
-# environment of its own.
+# environment of its own. So does TORCH=oldest, the oldest torch that setup.py allows.
 STACK ?= onedl
+TORCH ?= pinned
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TESTS :=
+CONSTRAINTS := constraints.txt
+
+ifeq ($(TORCH),oldest)
+VENV ?= .venv-oldest
+CONSTRAINTS = $(VENV)/constraints.txt
+# what depends on torch itself, not on the families
+TESTS := -m 'not slow' $(wildcard $(addprefix tests/test_,deploy.py export.py fastvit.py fused_training.py hook.py ordinary.py *weights.py))
+endif
 
 ifeq ($(STACK),onedl)
 VENV ?= .venv
@@ -18,17 +28,20 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-oldest lint format clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | column -t -s '|'
 
 demo: $(VENV)/.installed ## install everything and run tools/demo.py
 	@$(PY) tools/demo.py
 
 # Many small operations: a process per core beats threads.
-test: $(VENV)/.installed $(if $(filter onedl,$(STACK)),lint) ## check the style, run the tests (STACK=onedl or openmmlab; PYTEST_ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+test: $(VENV)/.installed $(if $(filter onedl-pinned,$(STACK)-$(TORCH)),lint) ## check the style, run the tests (STACK=onedl or openmmlab; PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 $(TESTS) $(PYTEST_ARGS)
+
+test-oldest: ## run the tests of model, weights and export with the oldest torch that setup.py allows
+	@$(MAKE) --no-print-directory test TORCH=oldest
 
 lint: $(VENV)/.installed ## check the style
 	@$(PY) -m ruff check
@@ -39,7 +52,7 @@ format: $(VENV)/.installed ## put the files into the style
 	@$(PY) -m ruff format
 
 clean: ## remove the environments and all that was built
-	rm -rf .venv .venv-openmmlab build dist *.egg-info fastvit_mm/.mim .pytest_cache .ruff_cache
+	rm -rf .venv .venv-openmmlab .venv-oldest build dist *.egg-info fastvit_mm/.mim .pytest_cache .ruff_cache
 	find fastvit_mm configs tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(PY):
@@ -48,9 +61,13 @@ $(PY):
 
 # Both OpenCV packages get installed and write the same files. The last one wins, and this has to be
 # the headless one: the other one needs libGL, which servers often lack.
-$(VENV)/.installed: setup.py pyproject.toml constraints.txt | $(PY)
+$(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) | $(PY)
 	@echo 'Installing into $(VENV) (some minutes the first time) ...'
-	@$(PIP) install -qq -c constraints.txt -e '.[$(STACK),test]'
+	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[$(STACK),test]'
 	@grep -qs '^headless = True' $(VENV)/lib/python*/site-packages/cv2/version.py \
-	  || $(PIP) install -qq -c constraints.txt --no-deps --force-reinstall opencv-python-headless
+	  || $(PIP) install -qq -c $(CONSTRAINTS) --no-deps --force-reinstall opencv-python-headless
 	@touch $@
+
+$(VENV)/constraints.txt: constraints.txt setup.py | $(PY)
+	@{ sed -E '/^torch(vision)?==/d' constraints.txt; \
+	  sed -nE "/install_requires/s/.*'(torch)>=([0-9.]+).*'(torchvision)>=([0-9.]+).*/\1==\2\n\3==\4/p" setup.py; } > $@

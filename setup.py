@@ -97,8 +97,10 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['fastvit_mm', 'fastvit_mm.*']),
     python_requires='>=3.10',
-    # 2.13.0 exists for the CPU only and has no torchvision; torchvision names its own torch
-    install_requires=['torch>=2.4,!=2.13.0', 'torchvision>=0.19'],
+    # Before 2.10.0 a safe load of a hostile file could run code (CVE-2026-24747, CVE-2025-32434),
+    # and before 2.9 torch.export does not take detectors. 2.13.0 exists for the CPU only and has no
+    # torchvision; torchvision names its own torch.
+    install_requires=['torch>=2.10,!=2.13.0', 'torchvision>=0.25'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildPy},
     zip_safe=False,

@@ -13,12 +13,15 @@ from . import inheritance, mmcv_ops
 inheritance.install()
 mmcv_ops.install()  # before anything imports mmcv.ops
 
+from . import weights  # noqa: E402
+
+weights.install()  # mmengine then loads weights safely, and FastViT's strictly
+
 from .apis import inference, init_model  # noqa: E402
 from .errors import FastViTError  # noqa: E402
 from .hooks import ReparameterizeHook  # noqa: E402
 from .models import ARCHS, FastViT, FastViTNeck  # noqa: E402
 from .reparameterize import reparameterize  # noqa: E402
-from .weights import Pretrained  # noqa: E402, F401  (registers itself)
 
 __version__ = '0.1.0'
 __all__ = [

@@ -10,10 +10,10 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from randomize import randomize, relative
 from test_tools import CLASSIFICATION, CONFIGS, DETECTION, ROOT, SEGMENTATION, shallow
-from test_weights import Hostile
+from test_weights import Hostile, build
 
 import fastvit_mm
-from fastvit_mm import FastViTError
+from fastvit_mm import FastViTError, launch
 from fastvit_mm.models.deploy import Deployed
 from fastvit_mm.reparameterize import mergeable
 
@@ -189,10 +189,27 @@ def test_hostile_files_run_no_code(case, tmp_path):
 
 
 @tasks
-def test_nothing_is_downloaded(case, task):
+def test_nothing_is_downloaded(case, task, monkeypatch, tmp_path):
     """A checkpoint replaces the config's pre-trained weights, which would come from the network."""
+    asked = []
+
+    def offline(address, path):
+        asked.append(address)
+        raise OSError('no network')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
     init = dict(type='Pretrained', checkpoint='https://example.invalid/weights.pth')
-    case.model(cfg_options=case.options | {'model.backbone.init_cfg': init})
+    options = case.options | {'model.init_cfg': init, 'model.backbone.init_cfg': init}
+    config = Config.fromfile(case.config)
+    config.merge_from_dict(options | dict(work_dir=str(tmp_path)))
+    monkeypatch.setattr(launch, 'check_data', lambda *_: None)
+    tested = launch.test_runner(copy.deepcopy(config), case.checkpoint).model
+    for model in (case.model(cfg_options=options), tested):
+        model.init_weights()  # what would ask for them
+    assert not asked
+    with pytest.raises(FastViTError, match='no network'):
+        build(config.default_scope, config.model).init_weights()
+    assert asked
 
 
 def test_no_teacher():

@@ -18,6 +18,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
+from PIL import Image
 from randomize import randomize
 from test_tools import load_tool, refusal
 
@@ -444,3 +445,28 @@ def test_teacher_of_the_configs(path):
     assert FastViT(plain.model.backbone.arch).settings
     for key in ('optim_wrapper', 'param_scheduler', 'train_dataloader', 'test_dataloader'):
         assert cfg[key] == plain[key], key
+
+
+@torch.no_grad()
+def test_the_teacher_sees_what_it_was_trained_on():
+    """From an image as OpenCV reads it to a class of RegNetY-16GF, as by timm's own transform."""
+    cfg = Config.fromfile(ROOT / 'configs/classification/fastvit_t8_dist_in1k.py')
+    cfg.model.teacher.pretrained = False
+    model = build(cfg).train()
+    teacher = model.teacher.module
+    assert sum(p.numel() for p in teacher.parameters()) == 83_590_140  # timm's table: 83.59 M
+    reference = randomize(teacher.model)
+    assert type(reference) is timm.models.RegNet and not reference.training
+
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    images[:, :, :, 0] //= 4  # red and blue are told apart
+    settings = timm.data.resolve_data_config({}, model=reference, verbose=False)
+    settings |= dict(input_size=(3, 64, 64), crop_pct=1.0)
+    transform = timm.data.create_transform(**settings)
+    theirs = torch.stack([transform(Image.fromarray(i)) for i in images])
+    ours = [torch.from_numpy(i[:, :, ::-1].copy()).permute(2, 0, 1) for i in images]
+    seen = model.data_preprocessor(dict(inputs=ours), True)['inputs']
+    torch.testing.assert_close(seen, theirs, rtol=0, atol=1e-4)
+    expected = reference(theirs)
+    assert len(expected.argmax(1).unique()) > 1
+    assert torch.equal(model.teach(seen), expected.argmax(1))

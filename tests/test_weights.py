@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.model import PretrainedInit
 from mmengine.registry import DefaultScope
 from randomize import randomize, relative
 from timm.models.fastvit import checkpoint_filter_fn
@@ -270,6 +272,49 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
         Path(cached).write_bytes(b'')
         assert str(weights.find(f'fastvit_sa36.{name}')) == cached
     says(lambda: weights.find('https://example.org/a/b.pth'), 'https://example.org/a/b.pth')
+
+
+def test_the_class_by_name_or_as_it_is(tmp_path):
+    """Configs in plain Python hold the initializer itself, not its name."""
+    torch.save(FastViT('t8').state_dict(), file := tmp_path / 't8.pth')
+    for kind in ('Pretrained', 'mmengine.Pretrained', PretrainedInit):
+        init = dict(type=kind, checkpoint=str(file))
+        says(lambda init=init: FastViT('t12', init_cfg=init).init_weights(), 'FastViT-T8')
+
+
+def test_what_a_file_wraps_its_weights_in(tmp_path):
+    """Training scripts save several sets; the first of these is the model's own."""
+    models = {k: FastViT('t8') for k in ('state_dict', 'model', 'state_dict_ema')}
+    for _ in range(3):
+        (first, model), *_ = models.items()
+        states = {k: m.state_dict() for k, m in reversed(models.items())}
+        torch.save(dict(epoch=3, **states), file := tmp_path / 'several.pth')
+        weights.load(read := FastViT('t8'), file)
+        assert torch.equal(read.stem[0].conv_kxk[0].conv.weight, kernel(model)), first
+        del models[first]
+
+
+def kernel(model):
+    return model.stem[0].conv_kxk[0].conv.weight
+
+
+def test_pretrained_weights_are_dropped():
+    """Wherever they are in a model's config; everything else stays."""
+    init = dict(type='Pretrained', checkpoint='https://example.invalid/a.pth')
+    normal = dict(type='Normal', std=0.01)
+    config = ConfigDict(
+        init_cfg=init,
+        backbone=dict(type='ResNet', init_cfg=[init, normal], pretrained='torchvision://resnet50'),
+        heads=[dict(init_cfg=dict(init, type=PretrainedInit)), dict(init_cfg=normal, pretrained=0)],
+        aux=(dict(deep=dict(type='TIMMBackbone', pretrained=True)),),
+    )
+    weights.drop_pretrained(config)
+    assert config.to_dict() == dict(
+        init_cfg=None,
+        backbone=dict(type='ResNet', init_cfg=[normal], pretrained=None),
+        heads=[dict(init_cfg=None), dict(init_cfg=normal, pretrained=0)],
+        aux=(dict(deep=dict(type='TIMMBackbone', pretrained=None)),),
+    )
 
 
 def test_damaged_files(tmp_path):

@@ -1,5 +1,5 @@
 """Convert weights among timm's, the authors' and OpenMMLab's names:
-python tools/convert_weights.py SRC DST [--to timm|apple|mm] [--deploy] [--force]
+python tools/convert_weights.py SRC DST [--to timm|apple|mm] [--deploy] [--prefix PART] [--force]
 """
 
 import argparse
@@ -21,12 +21,16 @@ def main(argv: list[str] | None = None) -> None:
         action='store_true',
         help='write the deploy form: merged completely for mm, else as timm and the authors do',
     )
+    parser.add_argument(
+        '--prefix', help='convert only what starts so: one of the models in a file of several'
+    )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     args = parser.parse_args(argv)
 
     dst = weights.check_target(args.dst, args.force)
     checkpoint = weights.read(args.src)
     state = weights.state_dict_of(checkpoint, args.src)
+    state = weights.part_of(state, args.prefix, args.src)
     converted = weights.convert(state, args.to, args.deploy, args.src)
     content = converted if args.to == 'timm' else dict(state_dict=converted)  # as each saves it
     if args.to == 'mm' and (meta := checkpoint.get('meta')):

@@ -4,15 +4,24 @@ Four layouts hold FastViT's weights: the authors', timm's, ours, and whole OpenM
 FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, ``head.*``) here.
 """
 
+from .engine import install
 from .files import check_target, find, read, save, state_dict_of
 from .forms import convert
-from .layouts import SHARED, arch_of, authors_to_timm, describe, recognize, timm_to_authors, to_mm
-from .loading import Pretrained, drop_pretrained, load, prepare
+from .layouts import (
+    SHARED,
+    arch_of,
+    authors_to_timm,
+    describe,
+    part_of,
+    recognize,
+    timm_to_authors,
+    to_mm,
+)
+from .loading import drop_pretrained, load, prepare
 from .states import first
 
 __all__ = [
     'SHARED',
-    'Pretrained',
     'arch_of',
     'authors_to_timm',
     'check_target',
@@ -21,7 +30,9 @@ __all__ = [
     'drop_pretrained',
     'find',
     'first',
+    'install',
     'load',
+    'part_of',
     'prepare',
     'read',
     'recognize',

@@ -1,14 +1,20 @@
 """Weights' files: found, fetched, read without running code, and written wholly or not at all."""
 
 import argparse
+import hashlib
+import io
 import os
 import pickle
 import re
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from filelock import FileLock
+from mmengine.fileio import BaseStorageBackend, get_file_backend
+from mmengine.fileio.backends import prefix_to_backends
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
@@ -24,41 +30,78 @@ PUBLISHED = (
 KINDS = {'apple_in1k': 'models', 'apple_dist_in1k': 'distilled_models'}
 
 
-def find(source: str | Path) -> Path:
-    """Local path of ``source``: a file, an address, or a short name such as
-    ``fastvit_sa36.apple_in1k`` or ``fastvit_sa36.apple_dist_in1k``.
+def find(source: str | Path) -> Path | str:
+    """Where :func:`read` finds ``source``: a local path, to which addresses and short names are
+    fetched, or a root of mmengine's file client such as ``s3://``, left as it is.
+
+    Args:
+        source: a file, an address, or a short name such as ``fastvit_sa36.apple_in1k`` or
+            ``fastvit_sa36.apple_dist_in1k``.
 
     Downloads are kept in ``torch.hub.get_dir()``/checkpoints, which TORCH_HOME sets.
 
     Raises:
-        FastViTError: no such file, or the address cannot be reached.
+        FastViTError: no such file, the address cannot be reached, or nothing reads such a root.
     """
     source = str(source)
     short = re.fullmatch(r'fastvit_(\w+)\.(\w+)', source)
     if short and short[1] in ARCHS and short[2] in KINDS:
         address = PUBLISHED.format(arch=short[1], kind=KINDS[short[2]])
         # The distilled files have the plain ones' names: keep them apart.
-        cached = Path(torch.hub.get_dir(), 'checkpoints', f'{source}.pth.tar')
-    elif source.startswith(('http://', 'https://')):
-        address = source
-        cached = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(source).path).name)
-    else:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            names = f'fastvit_<{"|".join(ARCHS)}>.<{"|".join(KINDS)}>'
-            raise FastViTError(
-                f'checkpoint {source!r} does not exist: give a file, an address or a name {names}'
-            )
-        return path
-    if not cached.is_file():
+        return fetch(address, f'{source}.pth.tar')
+    if source.startswith(('http://', 'https://')):
+        return fetch(source, cached_name(source))
+    if '://' in source:
+        backend_of(source)
+        return source
+    path = Path(source).expanduser()
+    if not path.is_file():
+        names = f'fastvit_<{"|".join(ARCHS)}>.<{"|".join(KINDS)}>'
+        raise FastViTError(
+            f'checkpoint {source!r} does not exist: give a file, an address or a name {names}'
+        )
+    return path
+
+
+def cached_name(address: str) -> str:
+    """A name in the cache that no other address has."""
+    name = Path(urlparse(address).path).name
+    if re.search(r'-[0-9a-f]{8,}\.', name):
+        return name  # it ends in its own hash: as torch.hub and mmengine keep it
+    return f'{hashlib.sha256(address.encode()).hexdigest()[:8]}/{name}'
+
+
+def fetch(address: str, name: str) -> Path:
+    """The file at ``address``, kept as ``name``; processes that want it at once wait for one."""
+    cached = Path(torch.hub.get_dir(), 'checkpoints', name)
+    if cached.is_file():
+        return cached
+    try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(address, str(cached))
-        except OSError as error:
-            raise FastViTError(
-                f'cannot fetch {address} ({error}): download it elsewhere and save it as {cached}'
-            ) from error
+        # Ranks come here before they are a process group: a lock serves them, and other jobs too.
+        with FileLock(f'{cached}.lock'):
+            if not cached.is_file():
+                torch.hub.download_url_to_file(address, str(cached))
+    except (OSError, HTTPException) as error:
+        raise FastViTError(
+            f'cannot fetch {address} ({one_line(error)}): '
+            f'download it elsewhere and save it as {cached}'
+        ) from error
     return cached
+
+
+def backend_of(address: str) -> BaseStorageBackend:
+    """What of mmengine's file client reads ``address``."""
+    try:
+        return get_file_backend(address)
+    except ImportError as error:
+        raise FastViTError(f'cannot read {address}: {one_line(error)}') from error
+    except (KeyError, ValueError) as error:
+        roots = ', '.join(f'{p}://' for p in sorted(prefix_to_backends) if p)
+        raise FastViTError(
+            f'cannot read {address}: a file, or one of the roots {roots} was expected; '
+            'mmengine.fileio.register_backend adds others'
+        ) from error
 
 
 def harmless_types() -> list:
@@ -91,42 +134,63 @@ def statistic_of(owner: type, name: str):
     return getattr(owner, name)
 
 
-def read(source: str | Path) -> dict:
-    """What a checkpoint file holds, on the CPU; no code in it is run.
+def read(source: str | Path, map_location='cpu') -> dict:
+    """What a checkpoint file holds; no code in it is run, now or by mmengine later on.
 
     Args:
         source: see :func:`find`; PyTorch's format or ``.safetensors``.
+        map_location: as for ``torch.load``; ``.safetensors`` are read to the CPU.
 
     Raises:
         FastViTError: the file is damaged, or holds types that are not plain data.
     """
-    path = find(source)
-    if path.suffix == '.safetensors':
-        return read_safetensors(path)
+    place = find(source)
+    file = place if isinstance(place, Path) else content_of(place)
+    if str(place).endswith('.safetensors'):
+        return read_safetensors(file, place)
     try:
         with torch.serialization.safe_globals(harmless_types()):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:
         if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
             raise FastViTError(
-                f'{path} holds a {refused[1]}, which is not plain data and could run code: '
+                f'{place} holds a {refused[1]}, which is not plain data and could run code: '
                 'refused; save its state_dict alone with torch.save'
             ) from error
         raise FastViTError(
-            f'{path} is truncated or not a checkpoint ({one_line(error)}): fetch or save it again'
+            f'{place} is truncated or not a checkpoint ({one_line(error)}): '
+            'remove it, then fetch or save it again'
         ) from error
+    if not isinstance(checkpoint, dict):
+        raise FastViTError(f'{place} holds no weights but a {type(checkpoint).__name__}')
+    if isinstance(meta := checkpoint.get('meta'), dict):
+        meta.pop('config', None)  # a resuming runner of mmengine would run it as Python
+    elif not isinstance(meta, Tensor):
+        checkpoint.pop('meta', None)  # nor may it come in any other form
+    return checkpoint
 
 
-def read_safetensors(path: Path) -> State:
+def content_of(address: str) -> io.BytesIO:
+    backend = backend_of(address)
+    try:
+        content = backend.get(address)
+    except Exception as error:  # each client has its own
+        raise FastViTError(f'cannot read {address}: {one_line(error)}') from error
+    if not content:
+        raise FastViTError(f'cannot read {address}: there is nothing')
+    return io.BytesIO(content)
+
+
+def read_safetensors(file: Path | io.BytesIO, place: Path | str) -> State:
     try:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load, load_file
     except ImportError as error:
-        raise FastViTError(f'{path} needs safetensors: pip install safetensors') from error
+        raise FastViTError(f'{place} needs safetensors: pip install safetensors') from error
     try:
-        return load_file(path)
+        return load_file(file) if isinstance(file, Path) else load(file.getvalue())
     except (SafetensorError, OSError) as error:
-        raise FastViTError(f'{path} is truncated or not a safetensors file: {error}') from error
+        raise FastViTError(f'{place} is truncated or not a safetensors file: {error}') from error
 
 
 def state_dict_of(checkpoint: dict, source) -> State:

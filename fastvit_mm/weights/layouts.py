@@ -5,12 +5,13 @@ OpenMMLab's are ``backbone.*``, ``neck.*`` and ``head.*``, those of a whole mode
 
 import bisect
 import re
+from collections.abc import Iterable
 
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.models import ARCHS
 from fastvit_mm.models.archs import parse_arch
 
-from .states import State
+from .states import State, first, starting_with
 
 # The authors' words and timm's: whole parts of a dotted name.
 AUTHORS_TO_TIMM = {
@@ -70,28 +71,63 @@ def timm_to_authors(state: State) -> State:
     return {rename(k): v for k, v in state.items()}
 
 
+def holds(state: State, prefixes: Iterable[str]) -> bool:
+    """Whether a FastViT stands at one of ``prefixes``."""
+    starts = tuple(f'{p}stem.0.' for p in prefixes)
+    return any(k.startswith(starts) for k in state)
+
+
 def recognize(state: State) -> str | None:
     """'apple', 'timm' (also our bare backbone), 'mm' (a whole model), or None."""
     if any(k.startswith('patch_embed.0.') for k in state):
         return 'apple'
-    if any(k.startswith('stem.0.') for k in state):
+    if holds(state, ['']):
         return 'timm'
-    if any(k.startswith('backbone.stem.0.') for k in state):
-        return 'mm'
-    return None
+    return 'mm' if holds(state, ['backbone.']) else None
+
+
+def part_of(state: State, prefix: str | None, source) -> State:
+    """What starts with ``prefix``, without it.
+
+    Raises:
+        FastViTError: nothing does.
+    """
+    part = starting_with(state, f'{prefix.rstrip(".")}.') if prefix else state
+    if not part:
+        raise FastViTError(
+            f'{source} has nothing that starts with {prefix}: its names are {first(state)}'
+        )
+    return part
+
+
+def only_model(state: State, source) -> State:
+    """A whole model out of one that has it as a part (``student.backbone.*``).
+
+    Raises:
+        FastViTError: there is none, or more than one.
+    """
+    parts = sorted({m[1] for k in state if (m := re.match(r'(.+\.)backbone\.stem\.0\.', k))})
+    if not parts:
+        raise FastViTError(
+            f'{source} is not a FastViT: its first names are {", ".join(list(state)[:3])}'
+        )
+    if len(parts) > 1:
+        raise FastViTError(
+            f'{source} holds several FastViTs, in {", ".join(parts)}: choose one, as in '
+            f'prefix={parts[0]!r} (of init_cfg) or --prefix {parts[0]} (of convert_weights.py)'
+        )
+    return starting_with(state, parts[0])
 
 
 def to_mm(state: State, source='the file') -> State:
     """Any of the layouts to OpenMMLab's names; names already in place stay.
 
     Raises:
-        FastViTError: no FastViT in it.
+        FastViTError: no FastViT in it, or several side by side.
     """
     layout = recognize(state)
     if layout is None:
-        raise FastViTError(
-            f'{source} is not a FastViT: its first names are {", ".join(list(state)[:3])}'
-        )
+        return only_model(state, source)
     if layout == 'mm':
         return state
     if layout == 'apple':

@@ -1,0 +1,66 @@
+"""mmengine's ways to load a checkpoint: safe for every model, strict where a FastViT is in it."""
+
+from pathlib import Path
+
+import torch.nn as nn
+from mmengine.model.weight_init import PretrainedInit
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from fastvit_mm.errors import FastViTError
+
+from .files import read
+from .loading import has_fastvit, load
+
+#: mmengine's own: with strict=False, a file whose names do not match loads nothing, in silence.
+lenient = PretrainedInit.__call__
+
+
+def initialize(self: PretrainedInit, module: nn.Module) -> None:
+    """What ``init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)`` does to ``module``."""
+    if has_fastvit(module):
+        load(module, self.checkpoint, prefix=self.prefix)
+    else:
+        lenient(self, module)
+
+
+def load_from_fastvit_mm(filename: str, map_location=None) -> dict:
+    """A checkpoint from a file, an address or a root of the file client."""
+    return read(filename, map_location)
+
+
+def load_from_openmmlab(filename: str, map_location=None) -> dict:
+    """A published checkpoint, ``open-mmlab://NAME``, or one that $MMENGINE_HOME names."""
+    name = filename.partition('://')[2]
+    name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    place = mmengine_checkpoint.get_external_models().get(name)
+    if place is None:
+        raise FastViTError(f'{filename}: OpenMMLab publishes no weights of this name')
+    if '://' not in place:
+        place = Path(mmengine_checkpoint._get_mmengine_home(), place)
+    return read(place, map_location)
+
+
+# mmengine's loaders that read files; the others (torchvision://, mmcls://) call load_from_http.
+LOADERS = {
+    'load_from_local': load_from_fastvit_mm,
+    'load_from_http': load_from_fastvit_mm,
+    'load_from_ceph': load_from_fastvit_mm,
+    'load_from_pavi': load_from_fastvit_mm,
+    'load_from_openmmlab': load_from_openmmlab,
+}
+
+
+def install() -> None:
+    """Make mmengine load through this package; doing it twice changes nothing.
+
+    - Its loaders fall back to an unsafe load, or leave safety to torch's defaults: a file can then
+      run code. :func:`read` takes their place, for every model; loaders of others stay.
+    - Its ``Pretrained`` is strict for modules with a FastViT in them.
+    """
+    PretrainedInit.__call__ = initialize
+    loader = mmengine_checkpoint.CheckpointLoader
+    for prefix, function in list(loader._schemes.items()):
+        if function.__module__ == mmengine_checkpoint.__name__ and function.__name__ in LOADERS:
+            loader.register_scheme(prefix, LOADERS[function.__name__], force=True)
+    for name, function in LOADERS.items():
+        setattr(mmengine_checkpoint, name, function)
