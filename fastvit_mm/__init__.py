@@ -8,20 +8,17 @@ if not (find_spec('mmengine') and find_spec('mmcv')):
         'or pip install fastvit_mm[openmmlab] (the original packages)'
     )
 
-from . import inheritance, mmcv_ops
+from . import at_import
+from .at_import import install
 
-inheritance.install()
-mmcv_ops.install()  # before anything imports mmcv.ops
+if at_import.wanted():
+    install()  # before anything imports mmcv.ops
 
-from . import weights  # noqa: E402
-
-weights.install()  # mmengine then loads weights safely, and FastViT's strictly
-
-from .apis import inference, init_model  # noqa: E402
-from .errors import FastViTError  # noqa: E402
-from .hooks import ReparameterizeHook  # noqa: E402
-from .models import ARCHS, FastViT, FastViTNeck  # noqa: E402
-from .reparameterize import reparameterize  # noqa: E402
+from .apis import inference, init_model
+from .errors import FastViTError
+from .hooks import ReparameterizeHook
+from .models import ARCHS, FastViT, FastViTNeck
+from .reparameterize import reparameterize
 
 __version__ = '0.1.0'
 __all__ = [
@@ -32,5 +29,6 @@ __all__ = [
     'ReparameterizeHook',
     'inference',
     'init_model',
+    'install',
     'reparameterize',
 ]
