@@ -1,7 +1,7 @@
 """What importing fastvit_mm changes in OpenMMLab's packages, all of it, and why.
 
-``FASTVIT_MM_INSTALL=0`` in the environment leaves it out. Then call :func:`fastvit_mm.install`, before
-anything imports mmdet.
+``FASTVIT_MM_INSTALL=0`` in the environment leaves it out. Then call :func:`fastvit_mm.install`
+before anything imports mmdet.
 """
 
 import os
