@@ -22,8 +22,9 @@ from mmengine.structures import InstanceData, PixelData
 from randomize import randomize
 from test_tools import load_tool, refusal
 
+import fastvit_mm
 from fastvit_mm import FastViTError, launch, weights
-from fastvit_mm.demo import scenes
+from fastvit_mm.demo import apply_demo, scenes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -287,6 +288,44 @@ def test_demo(path, home, tmp_path, monkeypatch, capfd):
     )
     if cfg.default_scope != 'mmdet':  # which has nothing to say where nothing was found
         assert json.loads(out.read_text())
+
+
+AUGMENTED = """
+_base_ = '{base}'
+load, *steps, pack = _base_.test_dataloader.dataset.pipeline
+flips = [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)]
+transforms = [*([step] for step in steps), flips, [pack]]
+test_dataloader = dict(
+    dataset=dict(pipeline=[load, dict(type='TestTimeAug', transforms=transforms)])
+)
+model = dict(_delete_=True, type='{kind}', module=_base_.model)
+"""
+
+
+@pytest.mark.parametrize(
+    'base, kind',
+    [
+        ('configs/classification/fastvit_t8_in1k.py', 'AverageClsScoreTTA'),
+        ('configs/segmentation/fpn_fastvit_t8_ade20k.py', 'SegTTAModel'),
+    ],
+)
+def test_test_time_augmentation(base, kind, home, tmp_path, monkeypatch, capfd):
+    """mmpretrain's and mmseg's own, in the deploy form, give what they do in the training form."""
+    monkeypatch.chdir(home)
+    plain = apply_demo(Config.fromfile(base))
+    state = randomize(fastvit_mm.init_model(plain)).state_dict()
+    torch.save(dict(state_dict=state), checkpoint := tmp_path / 'weights.pth')
+    (config := tmp_path / 'augmented.py').write_text(AUGMENTED.format(base=ROOT / base, kind=kind))
+    metrics = []
+    for form in ([], ['--reparam']):
+        out = tmp_path / 'metrics.json'
+        few = ['--cfg-options', 'test_dataloader.dataset.indices=4']
+        args = [str(config), str(checkpoint), '--demo', '--work-dir', str(tmp_path), *form]
+        load_tool('test').main([*args, '--out', str(out), *few])
+        metrics.append(json.loads(out.read_text()))
+    assert metrics[0] == pytest.approx(metrics[1], abs=0.01)
+    said = capfd.readouterr()
+    assert f'reparameterized {plain.model.type}' in said.out + said.err
 
 
 # ----------------------------------------------------------------------------------- distillation

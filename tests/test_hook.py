@@ -258,8 +258,9 @@ def test_nothing_to_merge(tmp_path):
 
 @pytest.fixture
 def broken(tmp_path, monkeypatch):
-    """A runner whose first test ended in an exception."""
+    """A runner that has trained, and whose test ended in an exception."""
     runner = make_runner(tmp_path, tiny_model(), [Spy()])
+    runner.train()
     with monkeypatch.context() as patch:
         patch.setattr(Keep, 'compute_metrics', lambda self, results: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -267,15 +268,24 @@ def broken(tmp_path, monkeypatch):
     return runner
 
 
-def test_training_goes_on_after_a_broken_test(broken):
-    broken.train()
+def by_the_runner(runner):
+    runner.train_loop._epoch = runner.train_loop._iter = 0
+    runner.train()
+
+
+@pytest.mark.parametrize('train', [by_the_runner, lambda runner: train_more(runner, 1)])
+def test_training_goes_on_after_a_broken_test(broken, train):
+    before = copy.deepcopy(broken.optim_wrapper.optimizer.param_groups[0]['params'][0])
+    train(broken)
+    weights = next(broken.model.parameters())
+    assert weights is broken.optim_wrapper.optimizer.param_groups[0]['params'][0]
+    assert not torch.equal(weights, before)
+
+
+@pytest.mark.parametrize('test', [Runner.test, lambda runner: runner.test_loop.run()])
+def test_a_test_after_a_broken_test(broken, test):
+    assert math.isfinite(test(broken)['mean'])
     assert 'conv_scale' in ' '.join(broken.model.state_dict())
-
-
-def test_a_test_after_a_broken_test(broken):
-    for test in (broken.test, broken.test_loop.run):
-        assert math.isfinite(test()['mean'])
-        assert 'conv_scale' in ' '.join(broken.model.state_dict())
 
 
 def test_a_model_put_in_after_a_broken_test_stays(broken):

@@ -219,9 +219,9 @@ def test_train_resume_and_test(tool, tmp_path, task):
         metrics.append(json.loads(out.read_text()))
         assert sum(p.suffix.lower() in ('.png', '.jpg', '.jpeg') for p in shown.rglob('*')) > 5
     assert config.read_text() == left, "a test replaced the run's config"
-    assert metrics[0] and metrics[0].keys() == metrics[1].keys()
-    for key, value in metrics[0].items():
-        assert metrics[1][key] == pytest.approx(value, abs=0.1), key
+    assert any(value > 0 for value in metrics[0].values())
+    # Rounding could turn a pixel over: one unit of the last digit that mmseg keeps.
+    assert metrics[1] == pytest.approx(metrics[0], abs=0.01 if task == SEGMENTATION else 0)
     log = '\n'.join(p.read_text() for p in tmp_path.rglob('*.log'))
     assert re.search(r'reparameterized \w+: [\d,]+ -> [\d,]+ parameters', log)
 
@@ -290,4 +290,4 @@ def test_two_processes(home, tmp_path):
         text = launched('test', str(checkpoint), *form, '--out', str(out))
         metrics.append(json.loads(out.read_text()))
     assert 'reparameterized ImageClassifier' in text
-    assert metrics[0] == pytest.approx(metrics[1], abs=0.1)
+    assert metrics[0] == metrics[1]
