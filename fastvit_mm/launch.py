@@ -14,7 +14,7 @@ from . import weights
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
-from .reparameterize import unwrap
+from .reparameterize import network, unwrap
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -118,7 +118,7 @@ class Runner(BaseRunner):
             super().dump_config()
 
     def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
-        model = unwrap(self.model)
+        model = network(self.model)
         tests_only = self._train_dataloader is None
         checkpoint = weights.prepare(model, filename, whole=self._resume or tests_only)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)

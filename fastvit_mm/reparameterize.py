@@ -1,11 +1,14 @@
 """From the training form to the deploy form of a whole model, and the proof that they agree."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +21,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a (Distributed)DataParallel, or the model itself."""
     wrapped = is_model_wrapper(model) or isinstance(model, nn.DataParallel)
     return unwrap(model.module) if wrapped else model
+
+
+def network(model: nn.Module) -> nn.Module:
+    """As :func:`unwrap`, and out of test-time augmentation, which has no forward pass."""
+    model = unwrap(model)
+    return network(model.module) if isinstance(model, BaseTTAModel) else model
 
 
 def mergeable(model: nn.Module, prefix: str = '') -> dict[str, nn.Module]:
@@ -98,7 +107,7 @@ class Agreement:
 
     @property
     def explained(self) -> bool:
-        return self.difference <= self.limit
+        return self.difference <= self.limit and self.difference < torch.inf  # NaN explains nothing
 
 
 def tensors(output) -> list[Tensor]:
@@ -112,13 +121,65 @@ def tensors(output) -> list[Tensor]:
 
 
 def distance(output, reference) -> float:
-    """Largest absolute difference, relative to the largest absolute value of the reference."""
+    """Largest absolute difference, relative to the largest absolute value of the reference;
+    infinite where either has a NaN."""
     worst = 0.0
     for a, b in zip(tensors(output), tensors(reference), strict=True):
-        a, b = a.double(), b.double()
+        a, b = exact(a), exact(b)
         difference = (a - b).abs().max() / b.abs().max().clamp(min=1e-30)
-        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))  # NaN is no agreement
+        worst = max(worst, float(difference) if difference.isfinite() else torch.inf)
     return worst
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within it, float32 is not shortened: to TF32 on a GPU, or to bfloat16 on a CPU."""
+    backends = torch.backends
+    try:
+        matmul, cudnn = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        switches = [
+            (torch.set_float32_matmul_precision, matmul, 'highest'),
+            (partial(setattr, backends.cudnn, 'allow_tf32'), cudnn, False),
+        ]
+    except RuntimeError:  # they were set by torch's newer names, which do not mix with the older
+        products = [backends.cuda.matmul, backends.cudnn.conv]
+        products += [backends.mkldnn.matmul, backends.mkldnn.conv]
+        switches = [
+            (partial(setattr, p, 'fp32_precision'), p.fp32_precision, 'ieee') for p in products
+        ]
+    switches = [(turn, before, full) for turn, before, full in switches if before != full]
+    for turn, _, full in switches:
+        turn(full)
+    try:
+        yield
+    finally:
+        for turn, before, _ in switches:
+            turn(before)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """``device``, or the CPU where that one lacks float64."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.device('cpu')
+    return device
+
+
+def run_in_float64(module: nn.Module, args: tuple):
+    """What ``module`` gives for ``args`` in eval mode, computed in float64."""
+    device = float64_device(next(module.parameters()).device)
+    module = copy.deepcopy(module).to(device, torch.float64)
+    module.eval()  # on its own: some backbones' train() returns nothing
+    return module(*(to_double(a, device) for a in args))
+
+
+def to_double(value, device: torch.device):
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64 if value.is_floating_point() else value.dtype)
+    if isinstance(value, list | tuple):
+        return type(value)(to_double(v, device) for v in value)
+    return value
 
 
 @torch.no_grad()
@@ -130,8 +191,11 @@ def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
 
     Args:
         inputs: (B, 3, H, W), normalized.
+
+    Raises:
+        FastViTError: ``model`` runs none of its merged modules on images.
     """
-    model = unwrap(model)
+    model, merged = network(model), network(merged)
     calls = {}
 
     def keep(name):
@@ -144,30 +208,25 @@ def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
     handles = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
     states = {m: m.training for m in model.modules()}
     model.eval()
-    try:
-        model.extract_feat(inputs) if hasattr(model, 'extract_feat') else model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in states.items():
-            module.training = training
-
     difference = rounding = 0.0
-    for name, (args, output) in calls.items():
-        deployed = merged.get_submodule(name)(*args)
-        exact_args = [to_double(a) for a in args]
-        exact = copy.deepcopy(modules[name]).double()
-        exact.eval()  # on its own: some backbones' train() returns nothing
-        reference = exact(*exact_args)
-        difference = max(difference, distance(deployed, output))
-        rounding = max(rounding, distance(output, reference))
+    with full_float32():
+        try:
+            model.extract_feat(inputs) if hasattr(model, 'extract_feat') else model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in states.items():
+                module.training = training
+        for name, (args, output) in calls.items():
+            deployed = merged.get_submodule(name)(*args)
+            difference = max(difference, distance(deployed, output))
+            rounding = max(rounding, distance(output, run_in_float64(modules[name], args)))
+    if not calls:
+        raise FastViTError(
+            f'{type(model).__name__} runs none of the parts that were merged, so that its deploy '
+            'form cannot be checked: test it without --reparam'
+        )
     eps = torch.finfo(next(model.parameters()).dtype).eps
     # float64 cannot be held against anything more exact.
     limit = 10 * max(rounding, eps) if rounding else 100 * eps
     return Agreement(difference, rounding, limit)
-
-
-def to_double(value):
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return type(value)(to_double(v) for v in value) if isinstance(value, list | tuple) else value

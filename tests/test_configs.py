@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from mmcv.cnn.bricks import DropPath
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
@@ -22,8 +23,9 @@ from PIL import Image
 from randomize import randomize
 from test_tools import load_tool, refusal
 
-from fastvit_mm import FastViT, FastViTError, launch, weights
-from fastvit_mm.demo import scenes
+import fastvit_mm
+from fastvit_mm import FastViTError, launch, weights
+from fastvit_mm.demo import apply_demo, scenes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -106,7 +108,7 @@ def batch(scope, size=64, n=2, classes=CLASSES):
 
 @pytest.mark.parametrize('path', DEEP)
 def test_builds_and_trains(path):
-    """One forward and backward pass; every parameter of the backbone gets a gradient."""
+    """One forward and backward pass; every parameter of the backbone gets a gradient, not 0."""
     cfg = load(path)
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (64, 64)
@@ -116,6 +118,10 @@ def test_builds_and_trains(path):
     model = build(cfg).train()
     arch = Path(path).stem.replace('mask_rcnn_', '').replace('fpn_', '').split('_')[1]
     assert cfg.model.backbone.arch == arch
+    for module in model.backbone.modules():
+        if isinstance(module, DropPath):  # which may drop every image of so small a batch
+            assert module.drop_prob > 0
+            module.drop_prob = 0.0
     data = model.data_preprocessor(batch(cfg.default_scope), True)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         losses = model(**data, mode='loss')
@@ -126,8 +132,7 @@ def test_builds_and_trains(path):
     assert len(gradients) > 100
     assert not [n for n, g in gradients.items() if g is None]
     assert all(torch.isfinite(g).all() for g in gradients.values())
-    if not cfg.model.backbone.get('drop_path_rate'):  # which drops whole blocks
-        assert not [n for n, g in gradients.items() if not g.any()]
+    assert not [n for n, g in gradients.items() if not g.any()]
     name = Path(path).stem
     stated = entries()[name]['Metadata'].get('Parameters')
     assert stated in (None, sum(p.numel() for p in model.parameters()))
@@ -286,6 +291,44 @@ def test_demo(path, home, tmp_path, monkeypatch, capfd):
         assert json.loads(out.read_text())
 
 
+AUGMENTED = """
+_base_ = '{base}'
+load, *steps, pack = _base_.test_dataloader.dataset.pipeline
+flips = [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)]
+transforms = [*([step] for step in steps), flips, [pack]]
+test_dataloader = dict(
+    dataset=dict(pipeline=[load, dict(type='TestTimeAug', transforms=transforms)])
+)
+model = dict(_delete_=True, type='{kind}', module=_base_.model)
+"""
+
+
+@pytest.mark.parametrize(
+    'base, kind',
+    [
+        ('configs/classification/fastvit_t8_in1k.py', 'AverageClsScoreTTA'),
+        ('configs/segmentation/fpn_fastvit_t8_ade20k.py', 'SegTTAModel'),
+    ],
+)
+def test_test_time_augmentation(base, kind, home, tmp_path, monkeypatch, capfd):
+    """mmpretrain's and mmseg's own, in the deploy form, give what they do in the training form."""
+    monkeypatch.chdir(home)
+    plain = apply_demo(Config.fromfile(base))
+    state = randomize(fastvit_mm.init_model(plain)).state_dict()
+    torch.save(dict(state_dict=state), checkpoint := tmp_path / 'weights.pth')
+    (config := tmp_path / 'augmented.py').write_text(AUGMENTED.format(base=ROOT / base, kind=kind))
+    metrics = []
+    for form in ([], ['--reparam']):
+        out = tmp_path / 'metrics.json'
+        few = ['--cfg-options', 'test_dataloader.dataset.indices=4']
+        args = [str(config), str(checkpoint), '--demo', '--work-dir', str(tmp_path), *form]
+        load_tool('test').main([*args, '--out', str(out), *few])
+        metrics.append(json.loads(out.read_text()))
+    assert metrics[0] == pytest.approx(metrics[1], abs=0.01)
+    said = capfd.readouterr()
+    assert f'reparameterized {plain.model.type}' in said.out + said.err
+
+
 # ----------------------------------------------------------------------------------- distillation
 
 ARCH = dict(depths=(1, 1, 1, 1), widths=(8, 16, 32, 32), ffn_ratio=2)
@@ -370,7 +413,12 @@ def test_the_teacher_never_learns(student):
     assert not all(torch.equal(v, own[k]) for k, v in student.state_dict().items())
 
 
-def test_the_loss_by_hand(student):
+@pytest.mark.parametrize('weight', [None, 0.2])
+def test_the_loss_by_hand(student, weight):
+    if weight is None:
+        weight = 0.5  # the paper's, unless it is set
+    else:
+        student.weight = weight
     data = small_batch(student)
     losses = student(**data, mode='loss')
     again = copy.deepcopy(student)  # the same BatchNorm statistics of the batch
@@ -380,10 +428,11 @@ def test_the_loss_by_hand(student):
         taught = student.teacher.module(data['inputs'], mode='tensor').argmax(1)
     assert len(taught.unique()) > 1 or (taught != labels).any()
     own = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(losses['loss_own'], 0.5 * own)
-    torch.testing.assert_close(losses['loss_teacher'], 0.5 * F.cross_entropy(logits, taught))
+    teachers = F.cross_entropy(logits, taught)
+    torch.testing.assert_close(losses['loss_own'], (1 - weight) * own)
+    torch.testing.assert_close(losses['loss_teacher'], weight * teachers)
     total, _ = student.parse_losses(losses)
-    torch.testing.assert_close(total, 0.5 * own + 0.5 * F.cross_entropy(logits, taught))
+    torch.testing.assert_close(total, (1 - weight) * own + weight * teachers)
 
 
 def test_the_teacher_sees_the_augmented_batch(monkeypatch):
@@ -427,24 +476,17 @@ def test_a_wrong_teacher_is_one_line_of_the_tools(home, monkeypatch, capfd):
     refusal((end.value.code, capfd.readouterr().err.strip()), 'no_such_model', 'teacher')
 
 
-@pytest.mark.parametrize('path', DISTILLED)
-def test_teacher_of_the_configs(path):
-    """timm knows it, its weights exist, and it was trained on images normalized as ours are."""
-    cfg = Config.fromfile(ROOT / path)
-    assert cfg.model.teacher.to_dict() == dict(
-        type='TimmClassifier', model_name='regnety_160.deit_in1k', pretrained=True, num_classes=1000
-    )
-    assert timm.is_model_pretrained('regnety_160.deit_in1k')
-    theirs = timm.get_pretrained_cfg('regnety_160.deit_in1k')
-    assert theirs.num_classes == 1000 and theirs.has_weights
+def test_teacher_of_the_configs():
+    """It has weights in timm, made on images normalized as ours are, for classes in our order."""
+    cfg = Config.fromfile(ROOT / DISTILLED[0])
+    theirs = timm.get_pretrained_cfg(cfg.model.teacher.model_name)
+    assert theirs.architecture == 'regnety_160' and theirs.tag == 'deit_in1k'
+    assert theirs.num_classes == 1000 == cfg.model.head.num_classes and theirs.has_weights
+    assert not theirs.label_offset
     ours = cfg.data_preprocessor
     assert ours.mean == pytest.approx([255 * v for v in theirs.mean], abs=1e-3)
     assert ours.std == pytest.approx([255 * v for v in theirs.std], abs=1e-3)
-    assert 'weight' not in cfg.model  # 0.5 each
-    plain = Config.fromfile(ROOT / path.replace('_dist', ''))
-    assert FastViT(plain.model.backbone.arch).settings
-    for key in ('optim_wrapper', 'param_scheduler', 'train_dataloader', 'test_dataloader'):
-        assert cfg[key] == plain[key], key
+    assert ours.to_rgb and timm.is_model(theirs.architecture)
 
 
 @torch.no_grad()

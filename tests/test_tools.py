@@ -210,25 +210,33 @@ def test_train_resume_and_test(tool, tmp_path, task):
     assert re.search(rf'resumed {unit}: 1|resumed epoch: \d, iter: 1', log), 'did not resume'
 
     left = config.read_text()
-    metrics = []
+    results = []
+    # So short a run detects nothing well: predictions are compared there, not a metric of 0.
+    name, read = ('p.pkl', pickle.loads) if task == DETECTION else ('m.json', json.loads)
     for form in ([], ['--reparam']):
-        out, shown = tmp_path / f'metrics{len(form)}.json', tmp_path / f'shown{len(form)}'
+        out, shown = tmp_path / f'{len(form)}{name}', tmp_path / f'shown{len(form)}'
         args = [*common, *form, '--out', out, '--show-dir', shown]
         code, err = tool('test', config, checkpoint, *args)
         assert code == 0, err
-        metrics.append(json.loads(out.read_text()))
+        results.append(read(out.read_bytes()))
         assert sum(p.suffix.lower() in ('.png', '.jpg', '.jpeg') for p in shown.rglob('*')) > 5
     assert config.read_text() == left, "a test replaced the run's config"
-    assert metrics[0] and metrics[0].keys() == metrics[1].keys()
-    for key, value in metrics[0].items():
-        assert metrics[1][key] == pytest.approx(value, abs=0.1), key
+    if task == DETECTION:
+        scores = [[p['pred_instances']['scores'][:20] for p in each] for each in results]
+        assert sum(map(len, scores[0])) > 20
+        torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+    else:
+        assert any(value > 0 for value in results[0].values())
+        # mmseg rounds to two digits, of which a single pixel may turn the last one over.
+        assert results[1] == pytest.approx(results[0], abs=0.01 if task == SEGMENTATION else 0)
     log = '\n'.join(p.read_text() for p in tmp_path.rglob('*.log'))
     assert re.search(r'reparameterized \w+: [\d,]+ -> [\d,]+ parameters', log)
 
-    out = tmp_path / 'predictions.pkl'
-    code, err = tool('test', config, checkpoint, *common, '--out', out)
-    assert code == 0, err
-    assert len(pickle.loads(out.read_bytes())) > 5
+    if task == CLASSIFICATION:
+        out = tmp_path / 'predictions.pkl'
+        code, err = tool('test', config, checkpoint, *common, '--out', out)
+        assert code == 0, err
+        assert len(pickle.loads(out.read_bytes())) > 5
     refusal(tool('test', config, checkpoint, *common, '--out', 'metrics.txt'), '--out')
 
     # of another variant, of another task, and with nothing to merge
@@ -290,4 +298,4 @@ def test_two_processes(home, tmp_path):
         text = launched('test', str(checkpoint), *form, '--out', str(out))
         metrics.append(json.loads(out.read_text()))
     assert 'reparameterized ImageClassifier' in text
-    assert metrics[0] == pytest.approx(metrics[1], abs=0.1)
+    assert metrics[0] == metrics[1]

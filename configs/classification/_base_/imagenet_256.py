@@ -1,10 +1,10 @@
-# ImageNet-1k at 256 x 256: 1024 images an iteration.
+# ImageNet-1k at 256 x 256: 1024 images per iteration.
 dataset = dict(type='ImageNet', data_root='data/imagenet')
 bgr_mean, bgr_std = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    # Fast: mmpretrain's, at less cost.
+    # Fast: mmpretrain's, made cheaper.
     dict(type='FastRandomResizedCrop', scale=256, backend='pillow', interpolation='bicubic'),
     dict(type='FastRandomFlip', prob=0.5, direction='horizontal'),
     # timm's rand-m9-mstd0.5-inc1. The recipe's colour jitter is idle there: timm drops it
@@ -43,7 +43,7 @@ train_dataloader = dict(
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,
-    collate_fn=dict(type='default_collate'),  # one tensor a batch from a worker
+    collate_fn=dict(type='default_collate'),  # a worker gives one tensor per batch
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(**dataset, split='train', pipeline=train_pipeline),
 )

@@ -1,4 +1,4 @@
-# Fine-tuning at 384 x 384: 512 images an iteration, crop ratio 0.9.
+# Fine-tuning at 384 x 384: 512 images per iteration, crop ratio 0.9.
 _base_ = 'imagenet_256.py'
 
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline

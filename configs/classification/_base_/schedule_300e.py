@@ -14,10 +14,14 @@ train_cfg = dict(by_epoch=True, max_epochs=310, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 custom_hooks = [
-    # timm averages the BatchNorm statistics as well.
-    dict(type='EMAHook', momentum=5e-4, update_buffers=True, priority='ABOVE_NORMAL')
+    # timm averages the BatchNorm statistics as well,
+    dict(type='EMAHook', momentum=5e-4, update_buffers=True, priority='ABOVE_NORMAL'),
+    # and those of all GPUs after every epoch.
+    dict(type='SyncStatisticsHook'),
 ]
-auto_scale_lr = dict(base_batch_size=1024)
+# Each GPU draws its own mixtures and drops its own blocks: seed 42 + rank, as in timm.
+randomness = dict(diff_rank_seed=True)
+auto_scale_lr = dict(enable=False, base_batch_size=1024)
 default_hooks = dict(
     checkpoint=dict(save_best='accuracy/top1'),
     visualization=dict(type='VisualizationHook', enable=False),

@@ -1,4 +1,4 @@
-# COCO at 1333 x 800: 16 images an iteration.
+# COCO at 1333 x 800: 16 images per iteration.
 dataset = dict(type='CocoDataset', data_root='data/coco/')
 
 train_pipeline = [

@@ -1,4 +1,4 @@
-# ADE20K at 512 x 512: 32 images an iteration, short side 512 at test.
+# ADE20K at 512 x 512: 32 images per iteration, short side 512 at test.
 dataset = dict(type='ADE20KDataset', data_root='data/ade/ADEChallengeData2016')
 
 train_pipeline = [

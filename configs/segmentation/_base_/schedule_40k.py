@@ -13,4 +13,5 @@ default_hooks = dict(
 )
 log_processor = dict(by_epoch=False)
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+auto_scale_lr = dict(enable=False, base_batch_size=32)
 default_scope = 'mmseg'

@@ -1,0 +1,126 @@
+"""OpenMMLab hook: test in the deploy form, leave training untouched."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.reparameterize import compare, network, reparameterize, unwrap
+
+
+def random_states():
+    """State of every generator that training draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(states) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def one_outcome() -> Iterator[None]:
+    """What fails on one rank fails on all of them, which would wait for that one for ever.
+
+    Raises:
+        FastViTError: on the other ranks, with the message of the one that failed.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    messages = all_gather_object(failure and one_line(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise FastViTError(f'rank {rank} failed: {message}')
+
+
+@HOOKS.register_module()
+class ReparameterizeHook(Hook):
+    """Run every test in the deploy form; afterwards the runner has its own model back.
+
+    The test runs on a merged copy, so weights, optimizer, EMA and train/eval modes of the run
+    cannot be affected, and the random generators are put back where they were (a data loader
+    draws from them). Comes after EMAHook, so that the averaged weights are merged.
+
+    Raises:
+        FastViTError: nothing to merge, or outputs that differ by more than rounding explains, on
+            any rank.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self):
+        self.trained = self.merged = None
+        self.states = None
+
+    def before_run(self, runner: Runner) -> None:
+        self.restore(runner)  # a test that an exception ended never came to after_test_epoch
+
+    before_train = before_val = before_run
+
+    def before_test(self, runner: Runner) -> None:
+        self.restore(runner)
+        self.states = random_states()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        with one_outcome():
+            self.merged = self.merge(runner)
+        self.trained, runner.model = runner.model, self.merged
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self.restore(runner)
+
+    def after_test(self, runner: Runner) -> None:
+        set_random_states(self.states)
+
+    def restore(self, runner: Runner) -> None:
+        if self.trained is not None and runner.model is self.merged:
+            runner.model = self.trained
+        self.trained = self.merged = None
+
+    def merge(self, runner: Runner) -> nn.Module:
+        """The deploy form of the runner's model, checked against it."""
+        model = unwrap(runner.model)
+        merged = reparameterize(model)
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (model, merged))
+        agreement = compare(model, merged, self.probe(runner, model))
+        runner.logger.info(
+            f'reparameterized {type(network(model)).__name__}: {before:,} -> {after:,} parameters; '
+            f'largest relative difference of the outputs {agreement.difference:.1e} '
+            f'(rounding explains {agreement.limit:.1e})'
+        )
+        if not agreement.explained:
+            raise FastViTError(
+                f'the deploy form differs from the training form by {agreement.difference:.1e}, '
+                f'more than rounding explains ({agreement.limit:.1e}): '
+                'test without --reparam and report the model'
+            )
+        return merged
+
+    @staticmethod
+    def probe(runner: Runner, model: nn.Module) -> Tensor:
+        """The first image of the test set, as the model sees it."""
+        loader = runner.test_dataloader
+        batch = loader.collate_fn([loader.dataset[0]])
+        if isinstance(model, BaseTTAModel):  # the first of its augmentations
+            batch = {key: augmented[0] for key, augmented in batch.items()}
+        inputs = network(model).data_preprocessor(batch, False)['inputs']
+        return torch.stack(inputs) if isinstance(inputs, list) else inputs

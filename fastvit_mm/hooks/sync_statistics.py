@@ -1,0 +1,30 @@
+"""OpenMMLab hook: one set of BatchNorm statistics for all ranks."""
+
+from mmengine.dist import all_reduce_params
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@HOOKS.register_module()
+class SyncStatisticsHook(Hook):
+    """Average the running statistics of every BatchNorm over all ranks, after each epoch of
+    training and before each validation; on one rank, do nothing.
+
+    Every rank gathers the statistics of its own images. Without this hook each of them validates
+    with its own, and the checkpoint holds rank 0's. The averaged weights of an EMAHook, which are
+    validated and saved in place of the others, get theirs averaged too: mmengine's
+    SyncBuffersHook leaves them out.
+    """
+
+    priority = 'NORMAL'  # before the checkpoint is written
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        averaged = [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
+        modules = [m for model in (runner.model, *averaged) for m in model.modules()]
+        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        all_reduce_params([s for n in norms for s in (n.running_mean, n.running_var)], op='mean')
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self.after_train_epoch(runner)  # loops that count iterations have no epochs

@@ -1,0 +1,154 @@
+"""Two processes that really run (gloo, on the CPU): what the hooks do on several ranks."""
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.hooks import EMAHook
+from mmengine.model import MMDistributedDataParallel
+from test_hook import Noise, Spy, make_runner, tiny_model
+
+import fastvit_mm
+from fastvit_mm import FastViT, FastViTError
+
+RANKS = 2
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    address, patience = f'file://{folder}/rendezvous', timedelta(seconds=60)
+    dist.init_process_group(
+        'gloo', init_method=address, rank=rank, world_size=RANKS, timeout=patience
+    )
+    results = {run.__name__: run(rank, Path(folder)) for run in SCENARIOS}
+    (Path(folder) / f'{rank}.json').write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    """What every scenario returned on each rank. None may wait for ever."""
+    folder = tmp_path_factory.mktemp('ranks')
+    context = mp.start_processes(
+        rank_main, (str(folder),), nprocs=RANKS, join=False, start_method='spawn'
+    )
+    deadline = time.monotonic() + 300
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, 'a rank waits for ever'
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(RANKS)]
+
+
+def statistics(model):
+    """Running means and variances of every BatchNorm, one vector."""
+    state = model.state_dict()
+    return torch.cat([v.flatten() for k, v in state.items() if k.endswith(('_mean', '_var'))])
+
+
+class Watch(fastvit_mm.hooks.SyncStatisticsHook):
+    """The hook, which notes how far the ranks were apart and then are from their mean."""
+
+    def __init__(self):
+        self.apart, self.wrong = [], []
+
+    def after_train_epoch(self, runner):
+        ema = next(h for h in runner.hooks if isinstance(h, EMAHook))
+        models = (runner.model.module, ema.ema_model.module)
+        before = [statistics(m) for m in models]
+        super().after_train_epoch(runner)
+        for model, own in zip(models, before, strict=True):
+            each = [torch.empty_like(own) for _ in range(RANKS)]
+            dist.all_gather(each, own)
+            self.apart.append(float((each[0] - each[1]).abs().max()))
+            self.wrong.append(float((statistics(model) - sum(each) / RANKS).abs().max()))
+
+
+def whole_run(rank, folder):
+    """Train, average the statistics, test in the deploy form."""
+    ema = dict(type='EMAHook', momentum=0.3, update_buffers=True)
+    watch, spy, model = Watch(), Spy(), tiny_model()
+    runner = make_runner(folder, model, [ema, watch, spy], name='whole')
+    runner.model = MMDistributedDataParallel(model, broadcast_buffers=False)
+    runner.train()
+    metrics = runner.test()
+    with torch.no_grad():
+        alone = torch.stack(model.eval()(Noise().images, mode='predict')).mean()
+    return dict(
+        apart=watch.apart,
+        wrong=watch.wrong,
+        metrics=metrics,
+        alone=alone.item(),
+        merged=not any('conv_scale' in k for k in spy.tested.state_dict()),
+        weights=float(sum(p.detach().double().abs().sum() for p in model.parameters())),
+        restored=runner.model.module is model,
+    )
+
+
+def one_wrong_merge(rank, folder):
+    """Every rank ends, the one that is right too, and a later test runs."""
+    runner = make_runner(folder, tiny_model(), [fastvit_mm.ReparameterizeHook()], name='merge')
+    correct = FastViT.switch_to_deploy
+
+    def forgetful(self):
+        correct(self)
+        if rank == 1:
+            next(self.parameters()).data.mul_(1.01)
+
+    said = []
+    for merge in (forgetful, correct):
+        FastViT.switch_to_deploy = merge
+        try:
+            said.append(runner.test()['mean'])
+        except FastViTError as error:
+            said.append(str(error))
+    return said
+
+
+def one_unreadable_image(rank, folder):
+    runner = make_runner(folder, tiny_model(), [fastvit_mm.ReparameterizeHook()], name='image')
+
+    class Broken(Noise):
+        def __getitem__(self, i):
+            raise OSError(f'image {i} cannot be read')
+
+    if rank == 1:
+        runner.test_dataloader.dataset.__class__ = Broken
+    try:
+        runner.test()
+    except (FastViTError, OSError) as error:
+        return [type(error).__name__, str(error)]
+
+
+SCENARIOS = (whole_run, one_wrong_merge, one_unreadable_image)
+
+
+def test_a_whole_run(results):
+    first, second = (result['whole_run'] for result in results)
+    for run in (first, second):
+        # of the model and of its average; each rank had gathered others
+        assert len(run['apart']) == 2 and min(run['apart']) > 1e-3
+        assert max(run['wrong']) < 1e-6
+        assert run['merged'] and run['restored']
+        assert run['metrics']['mean'] == pytest.approx(run['alone'], rel=1e-4)
+    assert first['weights'] == second['weights'] and first['metrics'] == second['metrics']
+
+
+def test_one_wrong_merge_ends_all(results):
+    first, second = (result['one_wrong_merge'] for result in results)
+    assert second[0].startswith('the deploy form differs from the training form')
+    assert first[0] == f'rank 1 failed: {second[0]}'
+    assert first[1] == second[1] and isinstance(first[1], float)
+
+
+def test_one_unreadable_image_ends_all(results):
+    first, second = (result['one_unreadable_image'] for result in results)
+    assert second == ['OSError', 'image 0 cannot be read']
+    assert first == ['FastViTError', 'rank 1 failed: image 0 cannot be read']
