@@ -2,6 +2,7 @@ import itertools
 import time
 
 import pytest
+from mmengine.registry import DefaultScope
 
 runs = itertools.count()
 
@@ -17,3 +18,10 @@ def runs_of_their_own(monkeypatch):
         return f'{text}_{next(runs)}' if form == '%Y%m%d_%H%M%S' else text
 
     monkeypatch.setattr(time, 'strftime', numbered)
+
+
+@pytest.fixture(autouse=True)
+def no_scope_of_another_test():
+    """A runner leaves its default scope behind, in which the next test would look up names."""
+    yield
+    DefaultScope._instance_dict.clear()

@@ -28,7 +28,7 @@ def deployed(module: nn.Module) -> nn.Module:
         return module
     made = module.deployed().train(module.training)
     for layer in made.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and type(layer.weight) is nn.Parameter:
             layer.weight.__class__ = DeployWeight
     return made
 
