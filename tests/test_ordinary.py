@@ -9,6 +9,8 @@ import torch.nn as nn
 from randomize import randomize, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit_mm import FastViT
 from fastvit_mm.models.deploy import DeployFFN
@@ -276,3 +278,36 @@ def test_parametrized_layers():
     with torch.no_grad():
         outs = model(images())
     agree(outs, model(images()))
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class WatchFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(getattr(func, '__name__', str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('mode', [Watch, WatchFunctions])
+@pytest.mark.parametrize('form', ['training', 'deploy'])
+def test_modes_see_pytorchs_own_operators(form, mode):
+    """Such modes count operators, replace them, or turn them into another device's."""
+    model = network(form)
+    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+    with torch.set_grad_enabled(form == 'training'), mode() as watch:
+        model(images())
+    assert not any('mkldnn' in name for name in watch.seen)
+    kinds = ('aten.convolution', 'aten.addmm', 'aten.mm', 'conv2d', 'linear')
+    assert sum(name.startswith(kinds) for name in watch.seen) == layers
