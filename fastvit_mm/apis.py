@@ -61,6 +61,10 @@ def init_model(
         from mmseg.apis import init_model as init_segmentor
 
         model = init_segmentor(config, device=device)
+    elif config.model.type == 'HandMesh':
+        from .hand_mesh.inference import init_hand_mesh
+
+        model = init_hand_mesh(config, device)
     else:
         raise FastViTError(f'default_scope {scope!r} is none of mmpretrain, mmdet, mmseg')
     meta = dataset_meta(config, scope)
@@ -97,7 +101,8 @@ def inference(model: nn.Module, images: Images):
 
     Returns:
         What the model's package gives for one image (mmpretrain: a dict with ``pred_label``,
-        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample), or a list.
+        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; of a hand mesh
+        model a HandSample), or a list.
     """
     many = isinstance(images, list | tuple)
     items = [str(i) if isinstance(i, Path) else i for i in (images if many else [images])]
@@ -112,6 +117,10 @@ def inference(model: nn.Module, images: Images):
             from mmdet.apis import inference_detector
 
             results = [on_own_config(inference_detector, model, i) for i in items]
+        elif model.cfg.model.type == 'HandMesh':
+            from .hand_mesh.inference import infer_hand
+
+            results = [infer_hand(model, i) for i in items]
         else:
             from mmseg.apis import inference_model
 

@@ -17,7 +17,7 @@ from fastvit_mm.hand_mesh.freihand import read_list
 from fastvit_mm.hand_mesh.transforms import project
 
 HAND = read_hand_model('synthetic')
-SIZE = 96
+SIZE = 64
 
 
 @pytest.fixture(scope='module')
@@ -121,18 +121,18 @@ def test_augmented_joints_lie_where_the_augmented_image_shows_them(drawn, seed):
     """Each joint of the original is marked; the mark is found where the new joint projects to."""
     info = dataset(drawn).get_data_info(seed)
     original = project(info['K'], info['xyz'])
-    steps = [dict(type='FitHand', scale=144), VIEW, dict(type='PackHand')]
+    steps = [dict(type='FitHand', scale=96), VIEW, dict(type='PackHand')]
     found = 0
     for joint in range(21):
         results = {k: np.copy(info[k]) for k in ('K', 'xyz', 'verts')}
         packed = run(steps, dict(results, img=blob(original[joint], (SIZE, SIZE))), seed)
         sample = packed['data_samples']
-        assert packed['inputs'].shape == (3, 144, 144)
+        assert packed['inputs'].shape == (3, 96, 96)
         wanted = sample.uv[joint].numpy()
-        if not ((wanted > 12) & (wanted < 132)).all():
+        if not ((wanted > 12) & (wanted < 84)).all():
             continue
         image = packed['inputs'][0].numpy().astype(float)
-        y, x = np.mgrid[:144, :144]
+        y, x = np.mgrid[:96, :96]
         centre = [(x * image).sum() / image.sum(), (y * image).sum() / image.sum()]
         np.testing.assert_allclose(centre, wanted, atol=0.15)
         found += 1

@@ -13,7 +13,7 @@ DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=420, lr=2e-3),  # 256 to 64
     'mmdet': dict(data='coco', shrink=0.08, batch=4, iters=800, lr=3e-4),  # short side 800 to 64
     'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=340, lr=2e-3),  # 512 to 64
-    'mmengine': dict(data='freihand', shrink=96 / 224, batch=32, iters=900, lr=1e-3),  # hand_mesh
+    'mmengine': dict(data='freihand', shrink=64 / 224, batch=32, iters=1000, lr=2e-3),  # 224 to 64
 }
 WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
 MAX_ROIS = 16  # regions an image: the config's number counts on an area 150 times as large

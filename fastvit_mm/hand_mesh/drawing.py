@@ -66,6 +66,23 @@ def overlay(image: np.ndarray, xyz, uv, verts, faces) -> np.ndarray:
     return paint(image, points, faces, mesh_colours(verts, faces))
 
 
+def draw_hand(image: np.ndarray, sample, same_size: bool = False) -> np.ndarray:
+    """A prediction of :func:`fastvit_mm.inference`: the mesh over the image, and from the side.
+
+    Args:
+        image: BGR uint8 (H, W, 3).
+        same_size: over the image alone, which keeps its size.
+    """
+    names = ('pred_xyz', 'pred_uv', 'pred_verts', 'faces')
+    xyz, uv, verts, faces = (sample.get(name).cpu().numpy() for name in names)
+    if same_size:
+        return overlay(image, xyz, uv, verts, faces)
+    factor = SIDE / image.shape[0]
+    image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    over = overlay(image, xyz, (uv + 0.5) * factor - 0.5, verts, faces)
+    return np.hstack([image, over, turntable(verts, faces, np.pi / 2, len(image))])
+
+
 def turntable(verts: np.ndarray, faces: np.ndarray, angle: float, side: int = SIDE) -> np.ndarray:
     """The mesh alone, turned by ``angle`` (radians) about the vertical, on white: BGR uint8."""
     verts = verts - (verts.min(0) + verts.max(0)) / 2

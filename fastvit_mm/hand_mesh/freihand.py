@@ -1,5 +1,6 @@
 """FreiHAND v2, read from its own files."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,13 @@ def read_list(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if not path.is_file():
         raise FastViTError(f'{path} is missing: FreiHAND v2 has it')
     try:
-        numbers = np.array(path.read_bytes().translate(None, SYNTAX).split(b','), np.float32)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')  # it would stop at what is no number
+            numbers = np.fromstring(path.read_bytes().translate(None, SYNTAX), np.float32, sep=',')
+    except (ValueError, DeprecationWarning) as error:
         raise FastViTError(f'{path} cannot be read: {one_line(error)}') from error
     each = int(np.prod(shape))
-    if numbers.size % each or not np.isfinite(numbers).all():
+    if not numbers.size or numbers.size % each or not np.isfinite(numbers).all():
         wanted = ' x '.join(map(str, shape))
         raise FastViTError(f'{path} is no list of {wanted} finite numbers each')
     return numbers.reshape(-1, *shape)

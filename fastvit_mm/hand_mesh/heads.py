@@ -91,7 +91,7 @@ class ManoHead(HandHead):
         self,
         in_channels: int,
         hand_model: str,
-        weights: dict = dict(xyz=1.0, verts=1.0, points=1.0, pose=0.01, shape=1e-4),
+        weights: dict = dict(xyz=1.0, verts=1.0, points=1.0, pose=0.5, shape=1e-3),
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)

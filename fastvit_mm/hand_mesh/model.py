@@ -5,7 +5,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .heads import Features, Hand
+from .heads import Features, Hand, ManoHead
 from .transforms import HandSample
 
 
@@ -34,6 +34,12 @@ class HandMesh(BaseModel):
     def init_weights(self) -> None:
         super().init_weights()  # which goes no further where the weights are pretrained
         self.head.begin_training()
+
+    def export_graph(self) -> type:
+        """What is exported, see :func:`fastvit_mm.export.graphs.kind_of`."""
+        from .export import ManoMesh, VertexMesh
+
+        return ManoMesh if isinstance(self.head, ManoHead) else VertexMesh
 
     def extract_feat(self, inputs: Tensor) -> Features:
         feats = self.backbone(inputs)
