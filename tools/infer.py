@@ -227,8 +227,6 @@ def write_json(out: Path, name: str, images: list, found: list, meta: dict) -> N
 def write_turntable(out: Path, known: dict, result) -> None:
     from fastvit_mm.hand_mesh.drawing import write_gif
 
-    if 'pred_verts' not in result:
-        raise FastViTError('--turntable is for hand meshes')
     name = Path(known['file_name']).with_suffix('')
     frame = f'_{known["frame_index"]:06d}' if 'frame_index' in known else ''
     path = out / f'{name}{frame}.gif'
@@ -310,7 +308,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     source = open_input(args.source, out)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    model = load(launch.load_config(args), args.checkpoint, device, args.reparam)
+    cfg = launch.load_config(args)
+    if args.turntable and cfg.model.type != 'HandMesh':
+        raise FastViTError('--turntable is for hand meshes: leave it out')
+    model = load(cfg, args.checkpoint, device, args.reparam)
     try:
         out.mkdir(parents=True, exist_ok=True)
         skipped = look(model, source, out, args.score_thr, args.json, args.turntable)

@@ -179,7 +179,9 @@ def matrices_of_6d(values: Tensor) -> Tensor:
     first, second = values.unflatten(-1, (2, 3)).unbind(-2)
     x = F.normalize(first, dim=-1)
     y = F.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
-    return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
+    # written out, as Core ML knows no cross product
+    z = x.roll(-1, -1) * y.roll(1, -1) - x.roll(1, -1) * y.roll(-1, -1)
+    return torch.stack([x, y, z], -1)
 
 
 def matrices_of_axis_angle(values: Tensor) -> Tensor:
@@ -214,11 +216,10 @@ class HandLayer(nn.Module):
     def forward(self, rotations: Tensor, shape: Tensor) -> Tensor:
         """Vertices (B, 778, 3), metres, of rotations (B, 16, 3, 3), each relative to its parent,
         and shape coefficients (B, 10)."""
-        number = len(shape)
-        rest = self.template + (shape @ self.shape_dirs).view(number, -1, 3)
+        rest = self.template + (shape @ self.shape_dirs).unflatten(1, (-1, 3))
         joints = self.regressor @ rest
         bends = rotations[:, 1:] - torch.eye(3).to(rotations)
-        rest = rest + (bends.reshape(number, -1) @ self.pose_dirs).view(number, -1, 3)
+        rest = rest + (bends.flatten(1) @ self.pose_dirs).unflatten(1, (-1, 3))
         turns, places = [rotations[:, 0]], [joints[:, 0]]
         for joint, parent in enumerate(PARENTS[1:], 1):
             bone = joints[:, joint] - joints[:, parent]

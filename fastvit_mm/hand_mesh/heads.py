@@ -233,7 +233,7 @@ class VertexHead(HandHead):
         x = feats[-1]
         points = self.points(x.mean((2, 3))).unflatten(1, (21, 2))
         grid = points[:, :, None]  # B, 21, 1, 2
-        places = self.positions.expand(len(x), -1, -1, -1)
+        places = self.positions.expand(x.shape[0], -1, -1, -1)
         tokens = sample_at(self.upsample(x), grid) + sample_at(places, grid)
         verts = self.vertices(self.stages(tokens))
         return Hand(verts, self.regressor @ verts, points)
