@@ -19,7 +19,7 @@ from test_tools import load_tool, refusal
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, pictures, reparameterize
 from fastvit_mm.export import Session, attach, export, verify
-from fastvit_mm.hand_mesh import demo_data, read_hand_model
+from fastvit_mm.hand_mesh import HandSample, demo_data, read_hand_model
 from fastvit_mm.hand_mesh.hand_model import matrices_of_axis_angle
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def build(name: str, seed=0):
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    model.head.begin_training()
+    model.head.read_hand_model()
     return model.eval()
 
 
@@ -193,6 +193,22 @@ def test_the_vertex_head_needs_one_for_training_alone(hands, tmp_path):
     assert torch.equal(model.head.faces, torch.tensor(HAND.f))
 
 
+@heads
+def test_starts_from_a_classifier(name, tmp_path):
+    """Backbone and neck are the file's, the head stays, its hand model is read."""
+    state = {k: v for k, v in build(name, 1).state_dict().items() if not k.startswith('head.')}
+    others = {'head.fc.weight': torch.randn(1000, 64), 'head.fc.bias': torch.randn(1000)}
+    torch.save(dict(state_dict={**state, **others}), tmp_path / 'classifier.pth')
+    cfg = config_of(name)
+    cfg.model.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'))
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    loaded = model.state_dict()
+    assert state.keys() <= loaded.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert model.head.faces.any()
+
+
 def test_checkpoints_of_the_paper_head_have_nothing_of_mano():
     shapes = [v.shape for k, v in build('mano').head.state_dict().items()]
     assert shapes == [(109, 64), (109,)]
@@ -245,6 +261,15 @@ def test_exported_files(name, output, suffix, tmp_path):
     answered = attach(copy.deepcopy(model), path)
     for got, value in zip(answered(x), wanted, strict=True):
         assert relative(got, value) < 1e-4
+    if name == 'vertices':  # without weights and hand model
+        bare = attach(MODELS.build(config_of(name, 'no.pkl').model).eval(), path)
+        data = dict(inputs=[torch.from_numpy(IMAGES[0].transpose(2, 0, 1))])
+        data['data_samples'] = [HandSample(metainfo=dict(img_shape=(64, 64)))]
+        seen, answer = (m.test_step(copy.deepcopy(data))[0] for m in (model, bare))
+        assert relative(answer.pred_verts, seen.pred_verts) < 1e-4
+        answer.faces = bare.head.faces
+        with pytest.raises(FastViTError, match='triangles'):
+            pictures.draw(IMAGES[0], answer, {})
     other = build('mano' if name == 'vertices' else 'vertices')
     with pytest.raises(FastViTError, match='the config has a'):
         attach(other, path)

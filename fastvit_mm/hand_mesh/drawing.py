@@ -75,6 +75,11 @@ def draw_hand(image: np.ndarray, sample, same_size: bool = False) -> np.ndarray:
     """
     names = ('pred_xyz', 'pred_uv', 'pred_verts', 'faces')
     xyz, uv, verts, faces = (sample.get(name).cpu().numpy() for name in names)
+    if not faces.any():
+        raise FastViTError(
+            'the triangles are not known: name the hand model by --cfg-options '
+            'model.head.hand_model=FILE'
+        )
     if same_size:
         return overlay(image, xyz, uv, verts, faces)
     factor = SIDE / image.shape[0]

@@ -1,11 +1,15 @@
 """What gets exported of a hand mesh model, and how an exported file answers in its place."""
 
+from contextlib import suppress
+from functools import partial
+
 import torch.nn as nn
 
+from fastvit_mm.errors import FastViTError
 from fastvit_mm.export import runtime
 from fastvit_mm.export.graphs import Graph
 
-from .heads import Hand
+from .heads import Hand, HandHead
 
 HAND = ('vertices', 'joints', 'points')
 
@@ -54,8 +58,12 @@ def attach_hand_mesh(model: nn.Module, run) -> None:
             return Hand(*(out[name] for name in HAND))
         return model.head.hand_of(*(out[name] for name in ('camera', 'rotations', 'shape')))
 
+    head = model.head
     model.backbone, model.neck = nn.Identity(), None
-    model.head.forward = hand
+    head.forward = hand
+    head.predict = partial(HandHead.predict, head)  # whose regressor is the file's
+    with suppress(FastViTError):
+        head.read_hand_model()  # for pictures
 
 
 for task in ('vertexmesh', 'manomesh'):

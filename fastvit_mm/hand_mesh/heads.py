@@ -43,8 +43,8 @@ class HandHead(BaseModule):
 
     root: int
 
-    def begin_training(self) -> None:
-        """Called once before training, never for a test."""
+    def read_hand_model(self) -> None:
+        """Called once before training; not for a test, where checkpoints have what is needed."""
 
     def forward(self, feats: Features) -> Hand:
         raise NotImplementedError
@@ -219,11 +219,11 @@ class VertexHead(HandHead):
         self.register_buffer('regressor', torch.zeros(21, 778))
         self.register_buffer('faces', torch.zeros(1538, 3, dtype=torch.long))
 
-    def begin_training(self) -> None:
-        """Read the hand model.
+    def read_hand_model(self) -> None:
+        """Take regressor and triangles from the hand model.
 
         Raises:
-            FastViTError: see :func:`read_hand_model`.
+            FastViTError: see :func:`.hand_model.read_hand_model`.
         """
         hand = read_hand_model(self.hand_model)
         self.regressor.copy_(torch.tensor(hand.joint_regressor()))

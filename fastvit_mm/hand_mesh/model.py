@@ -33,7 +33,7 @@ class HandMesh(BaseModel):
 
     def init_weights(self) -> None:
         super().init_weights()  # which goes no further where the weights are pretrained
-        self.head.begin_training()
+        self.head.read_hand_model()
 
     def export_graph(self) -> type:
         """What is exported, see :func:`fastvit_mm.export.graphs.kind_of`."""
