@@ -21,9 +21,9 @@ FOCAL = 2.1  # in image sizes
 def draw_poses(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Axis-angle poses (number, 16, 3), the wrist's among them, and shapes (number, 10)."""
     poses = np.zeros((number, 16, 3))
-    poses[:, 0] = rng.normal(0, 0.35, (number, 3))
+    poses[:, 0] = rng.normal(0, 0.2, (number, 3))
     curl = rng.uniform(0, 1, number)
-    curls = {finger: curl + rng.normal(0, 0.35, number) for finger in FIRST_JOINT}
+    curls = {finger: curl + rng.normal(0, 0.25, number) for finger in FIRST_JOINT}
     curls['middle'] = (curls['index'] + curls['ring']) / 2
     for finger, first in FIRST_JOINT.items():
         own = np.clip(curls[finger], -0.1, 1)
@@ -32,7 +32,7 @@ def draw_poses(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.nd
             poses[:, first + bone] = np.outer(own * reach[bone], flexion_axis(finger))
         if finger != 'thumb':  # spread, about the axis out of the palm
             poses[:, first, 2] += rng.normal(0, 0.12, number)
-    return poses, rng.normal(0, 0.8, (number, 10))
+    return poses, rng.normal(0, 0.6, (number, 10))
 
 
 def pose_hands(poses: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,8 +48,8 @@ def place_before_camera(rng, xyz: np.ndarray, verts: np.ndarray, size: int) -> n
     K = np.array([[FOCAL * size, 0, (size - 1) / 2], [0, FOCAL * size, (size - 1) / 2], [0, 0, 1]])
     middle = (verts.min(0) + verts.max(0)) / 2
     spread = np.abs(verts - middle)[:, :2].max()
-    away = FOCAL * spread / rng.uniform(0.30, 0.38)
-    shift = np.array([*rng.uniform(-0.04, 0.04, 2) * away / FOCAL, away]) - middle
+    away = FOCAL * spread / rng.uniform(0.34, 0.39)
+    shift = np.array([*rng.uniform(-0.03, 0.03, 2) * away / FOCAL, away]) - middle
     xyz += shift
     verts += shift
     return K
