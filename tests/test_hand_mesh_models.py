@@ -324,7 +324,9 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     config_of(name).dump('small.py')
     path = 'small.py'
     work = ['--demo', '--work-dir', 'run']
-    load_tool('train').main([path, *work, '--cfg-options', 'train_dataloader.batch_size=8'])
+    length = 'max_epochs=1' if name == 'mano' else 'max_iters=2'
+    short = [f'train_cfg.{length}', 'train_cfg.val_interval=1']
+    load_tool('train').main([path, *work, '--cfg-options', *short])
     checkpoint = Path('run/last_checkpoint').read_text().strip()
     results = []
     for more in ([], ['--reparam']):
