@@ -44,6 +44,7 @@ EXTRAS = {
         'pytest-xdist',
         'ruff',
         'setuptools>=70.1',
+        'smplx>=0.1.28',  # what the hand layer is held against; its licence is non-commercial
         'timm>=1.0.31',
     ],
 }

@@ -63,6 +63,10 @@ def init_model(
         from mmseg.apis import init_model as init_segmentor
 
         model = init_segmentor(config, device=device)
+    elif config.model.type == 'HandMesh':
+        from .hand_mesh.inference import init_hand_mesh
+
+        model = init_hand_mesh(config, device)
     else:
         raise FastViTError(f'default_scope {scope!r} is none of mmpretrain, mmdet, mmseg')
     meta = dataset_meta(config, scope)
@@ -99,7 +103,8 @@ def inference(model: nn.Module, images: Images):
 
     Returns:
         What the model's package gives for one image (mmpretrain: a dict with ``pred_label``,
-        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample), or a list.
+        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; of a hand mesh
+        model a HandSample), or a list.
     """
     many = isinstance(images, list | tuple)
     items = [str(i) if isinstance(i, Path) else i for i in (images if many else [images])]
@@ -113,7 +118,10 @@ def predictor(model: nn.Module) -> Callable:
     """What predicts for one image, built once and kept with the model."""
     kept = model.__dict__.get('_predictor')
     if kept is None or kept.config is not model.cfg:
-        kind = ByInferencer if model.cfg.default_scope == 'mmpretrain' else ByPipeline
+        if model.cfg.model.type == 'HandMesh':
+            kind = ByHandMesh
+        else:
+            kind = ByInferencer if model.cfg.default_scope == 'mmpretrain' else ByPipeline
         kept = model._predictor = kind(model)
     return kept
 
@@ -152,3 +160,15 @@ class ByPipeline:
         else:
             data = self.from_path(dict(img_path=image, img_id=0))
         return self.model.test_step(pseudo_collate([data]))[0]
+
+
+class ByHandMesh:
+    """By :func:`fastvit_mm.hand_mesh.inference.infer_hand`."""
+
+    def __init__(self, model: nn.Module):
+        self.config, self.model = model.cfg, model
+
+    def __call__(self, image):
+        from .hand_mesh.inference import infer_hand
+
+        return infer_hand(self.model, image)

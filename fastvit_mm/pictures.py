@@ -34,6 +34,10 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
     Returns:
         BGR uint8; (H, W, 3) with ``same_size``.
     """
+    if 'pred_verts' in result:
+        from .hand_mesh.drawing import draw_hand
+
+        return draw_hand(image, result, same_size)
     height, width = image.shape[:2]
     side = math.sqrt(height * width)
     factor = math.ceil(SMALL / side) if side < SMALL and max(height, width) < LONG else 1

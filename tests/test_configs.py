@@ -26,6 +26,7 @@ from test_tools import load_tool, refusal
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, weights
 from fastvit_mm.demo import apply_demo, scenes
+from fastvit_mm.hand_mesh import demo_data
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -51,6 +52,8 @@ def load(path):
     cfg = Config.fromfile(ROOT / path)
     if 'teacher' in cfg.model:
         cfg.model.teacher = dict(TEACHER)
+    if 'hand_mesh' in path:
+        cfg.model.head.hand_model = 'synthetic'
     return cfg
 
 
@@ -93,6 +96,14 @@ def batch(scope, size=64, n=2, classes=CLASSES):
                 masks=BitmapMasks(mask.numpy(), size, size),
             )
             samples.append(sample)
+        elif scope == 'mmengine':
+            from fastvit_mm.hand_mesh import HandSample
+
+            sizes = dict(xyz=(21, 3), verts=(778, 3), uv=(21, 2), mano=(61,))
+            sample = HandSample(metainfo=meta)
+            for name, shape in sizes.items():
+                setattr(sample, name, torch.randn(shape, generator=generator))
+            samples.append(sample)
         else:
             from mmseg.structures import SegDataSample
 
@@ -116,7 +127,7 @@ def test_builds_and_trains(path):
         cfg.model.train_cfg.rcnn.sampler.num = 32
     torch.manual_seed(0)
     model = build(cfg).train()
-    arch = Path(path).stem.replace('mask_rcnn_', '').replace('fpn_', '').split('_')[1]
+    arch = re.search(r'fastvit_(\w+?)_', Path(path).stem)[1]
     assert cfg.model.backbone.arch == arch
     for module in model.backbone.modules():
         if isinstance(module, DropPath):  # which may drop every image of so small a batch
@@ -144,6 +155,7 @@ def test_builds_and_trains(path):
         'configs/classification/fastvit_t8_dist_in1k.py',
         'configs/detection/mask_rcnn_fastvit_t8_coco.py',
         'configs/segmentation/fpn_fastvit_t8_ade20k.py',
+        'configs/hand_mesh/vertices_fastvit_t8_freihand.py',
     ],
 )
 def test_custom_imports_are_enough(path, tmp_path):
@@ -192,6 +204,10 @@ def test_header(path):
         'box AP': r'The paper: ([\d.]+) box AP',
         'mask AP': r'([\d.]+) mask AP',
         'mIoU': r'The paper: ([\d.]+) mIoU',
+        'PA-MPJPE': r'The paper: ([\d.]+) mm PA-MPJPE',
+        'PA-MPVPE': r'The paper: .* ([\d.]+) mm PA-MPVPE',
+        'F@5': r'The paper: .* F@5 (\d\.\d+)',
+        'F@15': r'The paper: .* F@15 (\d\.\d+)',
     }
     said = {k: float(m[1]) for k, p in patterns.items() if (m := re.search(p, hardware))}
     assert said == metrics
@@ -249,6 +265,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, spec in scenes.LAYOUTS.items():
             patch.setitem(scenes.LAYOUTS, name, spec | dict(images=(32, 5)))
+        patch.setitem(demo_data.SPEC, 'hands', (8, 3))
         yield folder
 
 
@@ -258,9 +275,8 @@ def test_demo(path, home, tmp_path, monkeypatch, capfd):
     """Two iterations, a checkpoint, and a test of it in the deploy form, by the tools."""
     monkeypatch.chdir(home)
     cfg = Config.fromfile(ROOT / path)
-    length, unit = (
-        ('max_iters', 'iter') if cfg.default_scope == 'mmseg' else ('max_epochs', 'epoch')
-    )
+    by_epoch = 'max_epochs' in cfg.train_cfg
+    length, unit = ('max_epochs', 'epoch') if by_epoch else ('max_iters', 'iter')
     steps = 2 if unit == 'iter' else 1
     teacher = ['model.teacher.model_name=test_resnet'] if path in DISTILLED else []
     common = [path, '--demo', '--work-dir', str(tmp_path)]

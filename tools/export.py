@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> None:
         choices=['logits', 'probabilities', 'labels'],
         help='of a classifier (logits, probabilities) or a segmentor (logits, labels)',
     )
+    parser.add_argument(
+        '--with-hand-model',
+        action='store_true',
+        help="put MANO's arrays into the file, which its licence does not let you pass on",
+    )
     args = parser.parse_args(argv)
 
     chosen, path = FORMATS[args.format], Path(args.out)
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         dynamic=args.dynamic,
         preprocess=args.with_preprocess,
         half=args.half,
-        output=args.output,
+        output='vertices' if args.with_hand_model else args.output,
     )
     try:
         verdict = verify(model, path, images(cfg, size, info['size'] is None))

@@ -16,6 +16,7 @@ A result of
   detection       image_id, category_id, score, bbox [x, y, width, height], segmentation (RLE)
   segmentation    image_id, category_id, segmentation (RLE): one for each class present
   classification  image_id, category_ids, labels, scores: the five likeliest classes
+  hand mesh       image_id, xyz, verts (metres, relative to the root joint), uv (pixels)
 COCO('D/NAME.images.json').loadRes('D/NAME.predictions.json') reads the first two.
 """
 
@@ -188,6 +189,9 @@ def encode(mask: np.ndarray) -> dict:
 
 def results(result, meta: dict, image_id: int) -> list[dict]:
     """A prediction as COCO's results; the ids are explained above."""
+    if 'pred_verts' in result:
+        names = ('pred_xyz', 'pred_verts', 'pred_uv')
+        return [dict(image_id=image_id, **{n[5:]: result.get(n).tolist() for n in names})]
     if isinstance(result, dict):
         best = pictures.likeliest(result)
         labels = [pictures.class_name(meta, label) for label in best]
@@ -220,6 +224,15 @@ def write_json(out: Path, name: str, images: list, found: list, meta: dict) -> N
         (out / f'{name}.{kind}.json').write_text(json.dumps(content) + '\n')
 
 
+def write_turntable(out: Path, known: dict, result) -> None:
+    from fastvit_mm.hand_mesh.drawing import write_gif
+
+    name = Path(known['file_name']).with_suffix('')
+    frame = f'_{known["frame_index"]:06d}' if 'frame_index' in known else ''
+    path = out / f'{name}{frame}.gif'
+    write_gif(path, result.pred_verts.numpy(), result.faces.numpy())
+
+
 def progress_bar(total: int) -> Progress:
     """A bar with the rate on stderr; of a single image, none."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'))
@@ -227,7 +240,14 @@ def progress_bar(total: int) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=total == 1)
 
 
-def look(model: torch.nn.Module, source: Stills | Video, out: Path, threshold: float, coco: bool):
+def look(
+    model: torch.nn.Module,
+    source: Stills | Video,
+    out: Path,
+    threshold: float,
+    coco: bool,
+    turntable: bool = False,
+) -> int:
     """Draw every image of ``source``; what is done by then is kept whatever ends it.
 
     Returns:
@@ -243,6 +263,8 @@ def look(model: torch.nn.Module, source: Stills | Video, out: Path, threshold: f
                 try:
                     result = above(predict(model, image), threshold)
                     source.write(known, pictures.draw(image, result, meta, source.same_size))
+                    if turntable:
+                        write_turntable(out, known, result)
                 except FastViTError as error:
                     skipped += 1
                     where = f', frame {known["frame_index"]}' if 'frame_index' in known else ''
@@ -275,6 +297,9 @@ def main(argv: list[str] | None = None) -> None:
         '--score-thr', type=float, default=0.3, help='least score of a box, 0 to 1 (0.3)'
     )
     parser.add_argument('--json', action='store_true', help="write COCO's formats beside them")
+    parser.add_argument(
+        '--turntable', action='store_true', help='of a hand mesh, a GIF that turns, beside each'
+    )
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda where there is one)')
     args = parser.parse_args(argv)
 
@@ -283,10 +308,13 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     source = open_input(args.source, out)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    model = load(launch.load_config(args), args.checkpoint, device, args.reparam)
+    cfg = launch.load_config(args)
+    if args.turntable and cfg.model.type != 'HandMesh':
+        raise FastViTError('--turntable is for hand meshes: leave it out')
+    model = load(cfg, args.checkpoint, device, args.reparam)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        skipped = look(model, source, out, args.score_thr, args.json)
+        skipped = look(model, source, out, args.score_thr, args.json, args.turntable)
     except OSError as error:
         raise FastViTError(f'cannot write to {out}: {error}') from error
     if skipped:

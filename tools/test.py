@@ -17,6 +17,7 @@ DRAW = {
     ),
     'mmdet': lambda folder: dict(type='DetVisualizationHook', draw=True, test_out_dir=folder),
     'mmseg': lambda folder: dict(type='SegVisualizationHook', draw=True, interval=1),
+    'mmengine': lambda folder: dict(type='HandVisualizationHook', out_dir=folder),
 }
 
 

@@ -13,6 +13,7 @@ DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=420, lr=2e-3),  # 256 to 64
     'mmdet': dict(data='coco', shrink=0.08, batch=4, iters=800, lr=3e-4),  # short side 800 to 64
     'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=340, lr=2e-3),  # 512 to 64
+    'mmengine': dict(data='freihand', shrink=64 / 224, batch=16, iters=1600, lr=2e-3),  # 224 to 64
 }
 WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
 MAX_ROIS = 16  # regions an image: the config's number counts on an area 150 times as large
@@ -20,7 +21,7 @@ MAX_BOXES = 200  # proposals an image, for the same reason
 
 
 def apply_demo(cfg, root='data/demo'):
-    """Turn `cfg`, an mmengine Config of any of the three tasks, into its demo form and return it.
+    """Turn `cfg`, an mmengine Config of any of the four tasks, into its demo form and return it.
 
     Draws the data set that it needs under `root` unless that is there. Does nothing to a config
     that has its demo form already, such as the one which a demo run leaves in its work folder.
@@ -29,7 +30,7 @@ def apply_demo(cfg, root='data/demo'):
     if scope not in DEMOS:
         raise FastViTError(f'no demo for default_scope {scope!r}: one of {", ".join(DEMOS)}')
     demo = DEMOS[scope]
-    make_data(root, [demo['data']])
+    number = draw(root, demo['data'])
     if cfg.get('demo'):
         return cfg
     cfg.demo = True
@@ -39,8 +40,19 @@ def apply_demo(cfg, root='data/demo'):
         soften_augmentation(node)
     cfg.load_from = None
     use_data(cfg, demo, Path(root, demo['data']))
-    retime(cfg, demo)
+    retime(cfg, demo, number)
     return cfg
+
+
+def draw(root, name):
+    """Draw a data set under `root` unless it is there; the number of its training images."""
+    if name in LAYOUTS:
+        make_data(root, [name])
+        return LAYOUTS[name]['images'][0]
+    from fastvit_mm.hand_mesh.demo_data import SPEC, make_freihand
+
+    make_freihand(Path(root, name))
+    return 4 * SPEC['hands'][0]
 
 
 def dicts(root):
@@ -72,6 +84,8 @@ def shrink_model(node, num_classes):
         node['pretrained'] = False if isinstance(node['pretrained'], bool) else None
     if node.get('type') == 'RandomSampler' and 'pos_fraction' in node:
         node['num'] = min(node['num'], MAX_ROIS)
+    if 'hand_model' in node:
+        node['hand_model'] = 'synthetic'
     if 'nms_pre' in node:
         node.update(nms_pre=min(node['nms_pre'], MAX_BOXES))
         node.update(max_per_img=min(node['max_per_img'], MAX_BOXES))
@@ -106,6 +120,10 @@ def soften_augmentation(node):
         node.update(num_policies=1, magnitude_level=3)
     elif kind in ('RandomErasing', 'FastRandomErasing'):
         node['erase_prob'] = 0.1
+    elif kind == 'RandomHandView':
+        node.update(rotation=10, zoom=0.05, shift=0.02)
+    elif kind == 'RandomChannelNoise':
+        node['noise'] = 0.1
     elif kind in ('Mixup', 'CutMix'):
         node['alpha'] = 0.05  # nearly all mixtures are then nearly one of the two images
 
@@ -113,7 +131,9 @@ def soften_augmentation(node):
 def use_data(cfg, demo, folder):
     """Point loaders and metrics at the demo data. They load in the main process: at this size,
     starting workers costs more than they save."""
-    if demo['data'] == 'ade20k':
+    if demo['data'] == 'freihand':
+        meta, layout = {}, {}
+    elif demo['data'] == 'ade20k':
         folder /= 'ADEChallengeData2016'
         meta = dict(classes=SCENE_CLASSES, palette=list(PALETTE))
         # ADE20KDataset admits subsets of its own 150 classes only; this is its base, set as it is.
@@ -136,11 +156,11 @@ def use_data(cfg, demo, folder):
                 node['ann_file'] = str(folder / 'annotations' / Path(node['ann_file']).name)
 
 
-def retime(cfg, demo):
+def retime(cfg, demo, images):
     """Shrink the schedule in proportion, counted in iterations, with one validation at the end."""
     loop, optimizer = cfg.train_cfg, cfg.optim_wrapper.optimizer
     by_epoch = 'max_epochs' in loop
-    epoch = LAYOUTS[demo['data']]['images'][0] / demo['batch']  # iterations
+    epoch = images / demo['batch']  # iterations
     epoch = floor(epoch) if cfg.train_dataloader.get('drop_last') else ceil(epoch)
     epochs = max(1, round(demo['iters'] / epoch))
     new_total = epochs * epoch if by_epoch else demo['iters']

@@ -277,33 +277,37 @@ def save(path, picture):
 
 
 def make_data(root='data/demo', names=tuple(LAYOUTS), seed=0):
-    """Draw the data sets `names` under `root` unless they are there already; return `root`.
-
-    A data set is drawn in a temporary folder and renamed when it is whole, so an interrupted run
-    leaves none half made. `stamp.json` in it says what it was drawn from.
-    """
+    """Draw the data sets `names` under `root` unless they are there already; return `root`."""
     root = Path(root)
     for name in names:
         stamp = json.dumps(dict(version=VERSION, seed=seed, classes=CLASSES, **LAYOUTS[name]))
-        final = root / name
-        try:
-            if is_current(final, stamp):
-                continue
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f'.{name}-', dir=root) as folder:
-                new = Path(folder, 'new')
-                WRITERS[name](new, seed)
-                (new / 'stamp.json').write_text(stamp)
-                if final.exists():
-                    final.rename(Path(folder, 'old'))
-                try:
-                    new.rename(final)
-                except OSError:  # another process was faster
-                    if not is_current(final, stamp):
-                        raise
-        except OSError as error:
-            raise FastViTError(f'cannot write the demo data to {final}: {error}') from error
+        draw_once(root / name, stamp, lambda new, name=name: WRITERS[name](new, seed))
     return root
+
+
+def draw_once(final, stamp, write):
+    """Let `write` fill the folder `final` unless its `stamp.json` says that this was done.
+
+    A data set is drawn in a temporary folder and renamed when it is whole, so an interrupted run
+    leaves none half made. `stamp` says what it is drawn from.
+    """
+    try:
+        if is_current(final, stamp):
+            return
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{final.name}-', dir=final.parent) as folder:
+            new = Path(folder, 'new')
+            write(new)
+            (new / 'stamp.json').write_text(stamp)
+            if final.exists():
+                final.rename(Path(folder, 'old'))
+            try:
+                new.rename(final)
+            except OSError:  # another process was faster
+                if not is_current(final, stamp):
+                    raise
+    except OSError as error:
+        raise FastViTError(f'cannot write the demo data to {final}: {error}') from error
 
 
 def is_current(folder, stamp):

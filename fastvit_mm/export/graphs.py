@@ -331,6 +331,8 @@ def kind_of(model: nn.Module) -> type[Graph]:
     Raises:
         FastViTError: none does.
     """
+    if hasattr(model, 'export_graph'):  # it says so itself
+        return model.export_graph()
     if hasattr(model, 'rpn_head') and hasattr(model, 'roi_head'):
         return Detector
     if hasattr(model, 'decode_head'):

@@ -1,0 +1,69 @@
+"""A model from a config, and hands in any image."""
+
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import torch
+import torch.nn as nn
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS, DefaultScope
+
+from fastvit_mm.errors import FastViTError
+from fastvit_mm.reparameterize import unwrap
+
+from .drawing import draw_hand
+from .transforms import HandSample
+
+
+def init_hand_mesh(config: Config, device: str = 'cpu') -> nn.Module:
+    """The model of a config, as initialized; see :func:`fastvit_mm.init_model`."""
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        return MODELS.build(config.model).to(device)
+
+
+@torch.no_grad()
+def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
+    """A hand in an image: ``pred_verts`` (778, 3) and ``pred_xyz`` (21, 3), metres, relative to the
+    head's root joint; ``pred_uv`` (21, 2), pixels of the image given; ``faces`` (1538, 3).
+
+    Args:
+        image: a path or BGR uint8 (H, W, 3), best a square around the hand as in FreiHAND.
+    """
+    pipeline = list(model.cfg.test_dataloader.dataset.pipeline)
+    given = dict(img_path=str(image))
+    if isinstance(image, np.ndarray):
+        given = dict(img=image)
+        pipeline = [step for step in pipeline if step['type'] != 'LoadImageFromFile']
+    elif not Path(image).is_file():
+        raise FastViTError(f'image {image} does not exist')
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        packed = Compose(pipeline)(given)
+    return in_original(model.test_step(pseudo_collate([packed]))[0], model.head.faces)
+
+
+def in_original(sample: HandSample, faces: torch.Tensor) -> HandSample:
+    """A prediction with ``faces``, its ``pred_uv`` in pixels of the image as it was loaded."""
+    sample = sample.cpu()
+    back = torch.from_numpy(np.linalg.inv(sample.view)).to(sample.pred_uv)
+    sample.pred_uv = sample.pred_uv @ back[:2, :2].T + back[:2, 2]
+    sample.faces = faces.cpu()
+    return sample
+
+
+@HOOKS.register_module()
+class HandVisualizationHook(Hook):
+    """Draw every prediction of a test into ``out_dir``."""
+
+    def __init__(self, out_dir: str):
+        self.out_dir = Path(out_dir)
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        for sample in outputs:
+            name = Path(sample.img_path)
+            drawn = in_original(sample, unwrap(runner.model).head.faces)
+            picture = draw_hand(mmcv.imread(str(name)), drawn)
+            mmcv.imwrite(picture, str(self.out_dir / f'{name.stem}.jpg'))
