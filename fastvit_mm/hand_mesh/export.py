@@ -38,6 +38,9 @@ class ManoMesh(Graph):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.names = HAND if self.names == ('vertices',) else self.PARAMETERS
+        if self.names == self.PARAMETERS:  # a file holds every buffer, used or not
+            head = self.model.head
+            del head.layer, head.mean_pose, head.faces
 
     def network(self, x):
         if self.names == HAND:
