@@ -116,7 +116,7 @@ def use_data(cfg, demo, folder):
     if demo['data'] == 'ade20k':
         folder /= 'ADEChallengeData2016'
         meta = dict(classes=SCENE_CLASSES, palette=list(PALETTE))
-        # ADE20KDataset only accepts subsets of its 150 classes; this is its base class, set alike.
+        # ADE20KDataset only accepts subsets of its 150 classes; its base class reads this layout.
         layout = dict(type='BaseSegDataset', reduce_zero_label=True)
         layout.update(img_suffix='.jpg', seg_map_suffix='.png')
     else:
