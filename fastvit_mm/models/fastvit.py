@@ -426,7 +426,7 @@ class FastViT(BaseModule):
             self.switch_to_deploy()
 
     def reset_parameters(self) -> None:
-        """Truncated normal, std 0.02, for linear layers and ConvFFN; PyTorch's default elsewhere."""
+        """Truncated normal, std 0.02, for linear layers and ConvFFN; PyTorch's own elsewhere."""
         for module in self.modules():
             layers = module.modules() if isinstance(module, ConvFFN) else [module]
             for layer in layers:
