@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
         nargs='+',
         default=['eager'],
         choices=sides.MODES,
-        help="eager:compile: ours as it is, timm's compiled; graph: CUDA graphs",
+        help="eager:compile: ours eager, timm's compiled; graph: CUDA graphs",
     )
     parser.add_argument('--half', action='store_true', help='ours in bf16 against ours in fp32')
 
@@ -32,7 +32,7 @@ def run(args, report: Report) -> None:
     if 'graph' in args.modes and not args.device.startswith('cuda'):
         raise FastViTError('--modes graph uses CUDA graphs: add --device cuda')
     dtypes = ['bf16'] if args.half else args.dtypes
-    title = 'times of fp32 / times of bf16' if args.half else "times of timm's / times of ours"
+    title = 'time in fp32 / time in bf16' if args.half else "timm's time / our time"
     ratios, contiguous = {}, {}
     for arch in args.archs:
         models = sides.deployed(arch)

@@ -69,7 +69,7 @@ def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Cal
 
 @torch.no_grad()
 def run(args, report: Report) -> None:
-    title = f"{args.what} in ONNX Runtime: times of timm's / times of ours"
+    title = f"{args.what} in ONNX Runtime: timm's time / our time"
     ratios = {}
     for arch in args.archs:
         counted = sides.deployed(arch)['ours']

@@ -57,9 +57,9 @@ def contestants(arch: str, checkpointing: bool) -> dict[str, nn.Module]:
 
 
 def run(args, report: Report) -> None:
-    title = "training step: times of timm's / times of ours"
+    title = "training step: timm's time / our time"
     if args.checkpointing:
-        title = 'training step: times without / times with checkpointing'
+        title = 'training step: time without / time with checkpointing'
     ratios = {}
     for arch in args.archs:
         for size, batch in sides.shapes(args.sizes, args.batch):

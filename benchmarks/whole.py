@@ -63,7 +63,7 @@ def predictor(model: nn.Module, scope: str, inputs: torch.Tensor) -> Callable:
 
 @torch.no_grad()
 def run(args, report: Report) -> None:
-    title = 'whole models: times of the training form / times of the deploy form'
+    title = 'whole models: time of the training form / time of the deploy form'
     ratios = {}
     for path in args.configs:
         model, scope = build(path, args.device)

@@ -163,7 +163,7 @@ def read(source: str | Path, map_location='cpu') -> dict:
             'delete it, then download or save it again'
         ) from error
     if not isinstance(checkpoint, dict):
-        raise FastViTError(f'{place} holds no weights but a {type(checkpoint).__name__}')
+        raise FastViTError(f'{place} contains no weights, only a {type(checkpoint).__name__}')
     if isinstance(meta := checkpoint.get('meta'), dict):
         meta.pop('config', None)  # a resuming runner of mmengine would run it as Python
     elif not isinstance(meta, Tensor):
@@ -205,7 +205,7 @@ def state_dict_of(checkpoint: dict, source) -> State:
         or not checkpoint
         or not all(isinstance(v, Tensor) for v in checkpoint.values())
     ):
-        raise FastViTError(f'{source} holds no weights: expected a state_dict of tensors')
+        raise FastViTError(f'{source} contains no weights: expected a state_dict of tensors')
     prefix = 'module.'
     if all(k.startswith(prefix) for k in checkpoint):
         checkpoint = {k[len(prefix) :]: v for k, v in checkpoint.items()}

@@ -113,7 +113,7 @@ def only_model(state: State, source) -> State:
         )
     if len(parts) > 1:
         raise FastViTError(
-            f'{source} holds several FastViTs, in {", ".join(parts)}: choose one, as in '
+            f'{source} contains several FastViTs, in {", ".join(parts)}: choose one, as in '
             f'prefix={parts[0]!r} (of init_cfg) or --prefix {parts[0]} (of convert_weights.py)'
         )
     return starting_with(state, parts[0])
