@@ -1,5 +1,5 @@
-# STACK=onedl (default) or STACK=openmmlab: both install the same import names, so that each gets an
-# environment of its own. So does TORCH=oldest, the oldest torch that setup.py allows.
+# STACK=onedl (default) or STACK=openmmlab: both install the same import names, so each gets its own
+# environment. So does TORCH=oldest, the oldest torch that setup.py allows.
 STACK ?= onedl
 TORCH ?= pinned
 PYTHON ?= python3
@@ -10,7 +10,7 @@ CONSTRAINTS := constraints.txt
 ifeq ($(TORCH),oldest)
 VENV ?= .venv-oldest
 CONSTRAINTS = $(VENV)/constraints.txt
-# what depends on torch itself, not on the families
+# tests that depend on torch itself, not on the families
 TESTS := -m 'not slow' $(wildcard $(addprefix tests/test_,deploy.py export.py fastvit.py fused_training.py hook.py ordinary.py *weights.py))
 endif
 
@@ -24,7 +24,7 @@ endif
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-# a Python without ensurepip makes environments that have no pip
+# without ensurepip, Python creates environments without pip
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 
 .DEFAULT_GOAL := help
@@ -36,7 +36,7 @@ help: ## show this list
 demo: $(VENV)/.installed ## install everything and run tools/demo.py
 	@$(PY) tools/demo.py
 
-# Many small operations: a process per core beats threads.
+# Many small operations: one process per core beats threads.
 test: $(VENV)/.installed $(if $(filter onedl-pinned,$(STACK)-$(TORCH)),lint) ## check the style, run the tests (STACK=onedl or openmmlab; PYTEST_ARGS)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 $(TESTS) $(PYTEST_ARGS)
 
@@ -47,11 +47,11 @@ lint: $(VENV)/.installed ## check the style
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 
-format: $(VENV)/.installed ## put the files into the style
+format: $(VENV)/.installed ## format the files
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-clean: ## remove the environments and all that was built
+clean: ## remove the environments and everything that was built
 	rm -rf .venv .venv-openmmlab .venv-oldest build dist *.egg-info fastvit_mm/.mim .pytest_cache .ruff_cache
 	find fastvit_mm configs tests tools -name __pycache__ -prune -exec rm -rf {} +
 
@@ -59,10 +59,10 @@ $(PY):
 	$(if $(shell $(PYTHON) -c '$(CHECK)' >/dev/null 2>&1 || echo no),$(error Python 3.10 or newer with pip and venv is needed, $(PYTHON) is not: try make PYTHON=python3.12))
 	@$(PYTHON) -m venv $(VENV)
 
-# Both OpenCV packages get installed and write the same files. The last one wins, and this has to be
-# the headless one: the other one needs libGL, which servers often lack.
+# Both OpenCV packages get installed and write the same files. The last one wins, and it must be the
+# headless one: the other one needs libGL, which servers often lack.
 $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) | $(PY)
-	@echo 'Installing into $(VENV) (some minutes the first time) ...'
+	@echo 'Installing into $(VENV) (a few minutes the first time) ...'
 	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[$(STACK),test]'
 	@grep -qs '^headless = True' $(VENV)/lib/python*/site-packages/cv2/version.py \
 	  || $(PIP) install -qq -c $(CONSTRAINTS) --no-deps --force-reinstall opencv-python-headless

@@ -1,4 +1,4 @@
-"""What `pip install` puts where; the rest of the settings are in pyproject.toml."""
+"""Packaging: what is installed, and its requirements; other settings are in pyproject.toml."""
 
 import re
 import shutil
@@ -9,9 +9,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
-# The two families install the same import names (mmengine, mmcv, mmdet, ...), so that neither may
-# be a requirement of the package itself: it would overwrite the other one. Upper bounds are those
-# that the families assert on import.
+# The two families install the same import names (mmengine, mmcv, mmdet, ...), so the package itself
+# cannot require either of them: it would overwrite the other. The upper bounds are those that the
+# families assert on import.
 EXTRAS = {
     'onedl': [
         'onedl-mmengine>=0.10.12',
@@ -33,7 +33,7 @@ EXTRAS = {
         # used but not declared: mmengine needs pkg_resources, which later versions lack
         'setuptools<81',
     ],
-    # where `tools/export.py --format` writes to, and what runs those files
+    # writing and running the files of `tools/export.py --format`
     'onnx': ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5'],
     'openvino': ['openvino>=2025.0'],
     'coreml': ['coremltools>=9.0'],
@@ -98,9 +98,9 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['fastvit_mm', 'fastvit_mm.*']),
     python_requires='>=3.10',
-    # Before 2.10.0 a safe load of a hostile file could run code (CVE-2026-24747, CVE-2025-32434),
-    # and before 2.9 torch.export does not take detectors. 2.13.0 exists for the CPU only and has no
-    # torchvision; torchvision names its own torch.
+    # Before 2.10.0 a safe load of a malicious file can run code (CVE-2026-24747, CVE-2025-32434);
+    # before 2.9, torch.export does not accept detectors. 2.13.0 exists only for the CPU and has no
+    # torchvision; each torchvision requires its own torch.
     install_requires=['torch>=2.10,!=2.13.0', 'torchvision>=0.25'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildPy},

@@ -1,5 +1,5 @@
-"""Measures fastvit_mm beside timm and other networks: python tools/benchmark.py --help
+"""Measures fastvit_mm against timm and other networks: python tools/benchmark.py --help
 
-measure.py holds everything that measures and report.py everything that prints and draws; the other
-modules only say what is held beside what, one for each subcommand.
+measure.py does all measuring and report.py all printing and drawing; each other module defines the
+comparison of one subcommand.
 """

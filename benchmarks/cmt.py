@@ -1,8 +1,8 @@
-"""CMT (Guo et al., CVPR 2022, https://arxiv.org/abs/2107.06263), to be timed beside FastViT.
+"""CMT (Guo et al., CVPR 2022, https://arxiv.org/abs/2107.06263), to be timed against FastViT.
 
-Written from the paper's section 3 and table 1, since no library has it; there are no weights. Tests
-hold its counts against the published ones. Multiply-adds agree for all four variants, parameters
-for CMT-Ti, XS and B. For CMT-S the paper prints 25.1 M, but the widths and depths it gives make
+Written from the paper's section 3 and table 1, because no library has it; there are no weights.
+Tests compare its counts with the published ones: multiply-adds match for all four variants,
+parameters for CMT-Ti, XS and B. For CMT-S the paper reports 25.1 M, but its widths and depths give
 26.3 M, as in the authors' own code.
 """
 
@@ -55,7 +55,7 @@ class LightAttention(nn.Module):
 
     Args:
         reduction: kernel and stride of that convolution, k in the paper.
-        bias: relative position bias, (heads, N, N / reduction**2), one for all blocks of a stage.
+        bias: relative position bias, (heads, N, N / reduction**2), shared by all blocks of a stage.
     """
 
     def __init__(self, dim: int, heads: int, reduction: int, bias: nn.Parameter):
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class CMT(nn.Sequential):
-    """(B, 3, size, size) to logits (B, classes), with a variant's size."""
+    """(B, 3, size, size) to logits (B, classes), where size is the variant's."""
 
     def __init__(self, variant: str = 's', classes: int = 1000):
         settings = VARIANTS[variant]

@@ -1,4 +1,4 @@
-"""compare: FastViT beside the networks the paper compares with, as in its figure 1."""
+"""compare: FastViT against the networks that the paper compares it with, as in its figure 1."""
 
 import statistics
 
@@ -9,7 +9,7 @@ from .export import runtime_call, to_onnx
 from .networks import CLAIMANT, CLAIMS, NETWORKS
 from .report import Report, scatter
 
-HELP = 'published accuracy over measured latency, beside other networks'
+HELP = 'published accuracy over measured latency, against other networks'
 LABELS = [n.label for n in NETWORKS]
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
 
 
 def quickest(network, args):
-    """The call of one network, its faster layout (None in ONNX Runtime) and its work in FLOP."""
+    """A call of one network, its faster layout (None in ONNX Runtime) and its work in FLOP."""
     model = network.build()
     inputs = sides.images(network.size, args.batch)
     work = args.batch * measure.flops(sides.eager(model, inputs[:1]))
@@ -55,7 +55,7 @@ def run(args, report: Report) -> None:
         row['G multiply-adds'] = works[label] / 2e9
         seconds = statistics.median(times[label])
         row |= report.speed(works[label], seconds, sides.DTYPES[args.dtype])
-        if args.runtime == 'torch':  # a session's arena keeps what its first run took
+        if args.runtime == 'torch':  # a session's arena keeps the memory of its first run
             row['peak MB'] = measure.megabytes(measure.peak_memory(calls[label], args.device))
         report.add(title, row)
         short = label.removeprefix(f'{network.family}-')

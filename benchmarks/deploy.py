@@ -15,14 +15,14 @@ HELP = 'the deploy form of the backbone against timm in PyTorch; bf16 against fp
 def add_arguments(parser) -> None:
     parser.add_argument('--archs', nargs='+', default=list(ARCHS), choices=ARCHS)
     parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
-    parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='pairs up with sizes')
+    parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='paired with sizes')
     parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=sides.DTYPES)
     parser.add_argument(
         '--modes',
         nargs='+',
         default=['eager'],
         choices=sides.MODES,
-        help="eager:compile: ours as it is, timm's compiled; graph: CUDA graphs",
+        help="eager:compile: ours eager, timm's compiled; graph: CUDA graphs",
     )
     parser.add_argument('--half', action='store_true', help='ours in bf16 against ours in fp32')
 
@@ -30,9 +30,9 @@ def add_arguments(parser) -> None:
 @torch.no_grad()
 def run(args, report: Report) -> None:
     if 'graph' in args.modes and not args.device.startswith('cuda'):
-        raise FastViTError('--modes graph is for CUDA graphs: add --device cuda')
+        raise FastViTError('--modes graph uses CUDA graphs: add --device cuda')
     dtypes = ['bf16'] if args.half else args.dtypes
-    title = 'times of fp32 / times of bf16' if args.half else "times of timm's / times of ours"
+    title = 'time in fp32 / time in bf16' if args.half else "timm's time / our time"
     ratios, contiguous = {}, {}
     for arch in args.archs:
         models = sides.deployed(arch)

@@ -1,4 +1,4 @@
-"""export: ONNX Runtime on the CPU, our export against timm's reparameterized model's."""
+"""export: ONNX Runtime on the CPU, our export against that of timm's reparameterized model."""
 
 import tempfile
 import warnings
@@ -15,21 +15,21 @@ from fastvit_mm import ARCHS
 from . import measure, sides
 from .report import Report
 
-HELP = 'ONNX Runtime on the CPU: our export against that of timm'
+HELP = "ONNX Runtime on the CPU: our export against timm's"
 
 
 def add_arguments(parser) -> None:
     parser.add_argument('--archs', nargs='+', default=list(ARCHS), choices=ARCHS)
     parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
-    parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='pairs up with sizes')
+    parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='paired with sizes')
     parser.add_argument(
         '--what',
         default='backbone',
         choices=EXPORTS,
-        help='backbones, both by torch.onnx, or classifiers, ours as tools/export.py writes it',
+        help='backbones, both from torch.onnx, or classifiers, ours from tools/export.py',
     )
     parser.add_argument(
-        '--no-spin', action='store_true', help="ONNX Runtime's threads sleep while they wait"
+        '--no-spin', action='store_true', help="let ONNX Runtime's threads sleep while they wait"
     )
 
 
@@ -61,7 +61,7 @@ EXPORTS = dict(backbone=exported_backbones, classifier=exported_classifiers)
 
 
 def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Callable:
-    """A call of an exported model in ONNX Runtime that gives its outputs as tensors."""
+    """A call of an exported model in ONNX Runtime that returns its outputs as tensors."""
     session = measure.onnxruntime_session(content, threads, **options)
     feed = {session.get_inputs()[0].name: inputs.numpy()}
     return lambda: [torch.from_numpy(o) for o in session.run(None, feed)]
@@ -69,7 +69,7 @@ def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Cal
 
 @torch.no_grad()
 def run(args, report: Report) -> None:
-    title = f"{args.what} in ONNX Runtime: times of timm's / times of ours"
+    title = f"{args.what} in ONNX Runtime: timm's time / our time"
     ratios = {}
     for arch in args.archs:
         counted = sides.deployed(arch)['ours']
@@ -77,7 +77,7 @@ def run(args, report: Report) -> None:
             inputs = sides.images(size, batch)
             work = measure.flops(sides.eager(counted, inputs))
             exported = EXPORTS[args.what](arch, inputs)
-            # The arena keeps what a first run took, so that memory needs a session without it.
+            # An arena keeps the memory of the first run, so memory is measured without one.
             calls, lean = (
                 {
                     name: {'ONNX': runtime_call(content, inputs, args.threads, **options)}

@@ -1,6 +1,6 @@
 """growth: latency and memory of the deploy form against resolution, and how they grow.
 
-The exponent b of time ~ pixels**b is fitted by least squares in the logarithms; 1 is linear.
+The exponent b of time ~ pixels**b is fitted by least squares to the logarithms; 1 is linear.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def exponent(pixels: list[float], values: list[float]) -> float:
 
 
 def stage_calls(model: nn.Module, inputs: torch.Tensor) -> dict[str, Callable]:
-    """The stages with one kind of token mixer, and those with attention, each on its own input."""
+    """Calls of the RepMixer stages and of the attention stages, each with its own input."""
     attends = model.settings['attention']
     first = attends.index(1) if 1 in attends else len(model.stages)
     before, after = model.stages[:first], model.stages[first:]
@@ -49,7 +49,7 @@ def stage_calls(model: nn.Module, inputs: torch.Tensor) -> dict[str, Callable]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that any operator inside gave out at once."""
+    """Records the number of elements of the largest tensor that an operator inside returns."""
 
     size = 0
 
@@ -62,7 +62,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def attention_memory(model: nn.Module, size: tuple[int, int], device: str) -> dict:
-    """What one attention holds for an image of ``size``, beside an N x N matrix of its heads."""
+    """Memory of one attention for an image of ``size``, and of an N x N matrix for all heads."""
     attention = model.stages[-1].blocks[0].token_mixer
     height, width = (-(-s // 32) for s in size)
     x = torch.randn(1, attention.proj.in_features, height, width, device=device)
@@ -83,7 +83,7 @@ def attention_memory(model: nn.Module, size: tuple[int, int], device: str) -> di
 @torch.no_grad()
 def run(args, report: Report) -> None:
     if len(args.sizes) < 2:
-        raise FastViTError('--sizes: growth needs two sizes or more')
+        raise FastViTError('--sizes: growth needs at least two sizes')
     times_of, memory_of = {}, {}
     for arch in args.archs:
         model = sides.deployed(arch)['ours'].to(args.device)
@@ -116,4 +116,4 @@ def run(args, report: Report) -> None:
             memory_of[arch] = pixels, memory
     report.panels = [curves(times_of, 'latency, ms')]
     if memory_of:
-        report.panels.append(curves(memory_of, 'peak memory beside the weights, MB'))
+        report.panels.append(curves(memory_of, 'peak memory without the weights, MB'))

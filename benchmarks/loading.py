@@ -1,6 +1,6 @@
 """loading: images per second of the training pipeline against timm's loader, same augmentations.
 
-Both read the same generated JPEG files and end with normalized float batches in memory.
+Both read the same generated JPEG files and produce normalized float batches in memory.
 """
 
 import time
@@ -26,7 +26,7 @@ from .report import Report
 
 HELP = "images per second of the classification pipeline against timm's loader"
 CONFIG = 'configs/classification/fastvit_t8_in1k.py'
-#: ImageNet's mean height and width are about these; a photograph of that size has about 110 KB.
+#: About the mean height and width in ImageNet; a photograph of this size takes about 110 KB.
 IMAGE = (375, 500)
 
 
@@ -38,7 +38,7 @@ def add_arguments(parser) -> None:
 
 
 def draw_images(folder: Path, count: int) -> float:
-    """Write ``count`` JPEG files of smooth colours and some grain; gives their mean size in KB."""
+    """Write ``count`` JPEG files of smooth colours and some noise; return their mean size in KB."""
     rng = np.random.default_rng(0)
     (folder / 'train' / 'n0').mkdir(parents=True)
     height, width = IMAGE
@@ -54,17 +54,17 @@ def draw_images(folder: Path, count: int) -> float:
 
 @dataclass
 class Side:
-    """A loader; calling it gives the batches of one epoch, (batch, 3, H, W) normalized.
+    """A loader of normalized batches, (batch, 3, H, W); calling it loads one epoch.
 
     Attributes:
-        transforms: what its data set does to an image, in order.
+        transforms: the data set's transforms, in order.
     """
 
     epoch: Callable[[], Iterator]
     transforms: list[Callable]
 
     def __call__(self) -> int:
-        """Load one epoch; the number of images."""
+        """Load one epoch and return the number of images."""
         return sum(len(batch) for batch in self.epoch())
 
 
@@ -72,7 +72,7 @@ def ours(cfg: Config, folder: Path, workers: int, batch: int) -> Side:
     """The config's own loader and preprocessor."""
     loader = dict(cfg.train_dataloader, num_workers=workers, batch_size=batch, pin_memory=False)
     loader['persistent_workers'] = workers > 0
-    # ImageNet's own class wants a thousand folders.
+    # The class ImageNet expects a thousand folders.
     dataset = dict(type='CustomDataset', data_root=str(folder), data_prefix='train')
     loader['dataset'] = dict(dataset, pipeline=cfg.train_pipeline)
     built = Runner.build_dataloader(loader, seed=0)
@@ -86,7 +86,7 @@ def ours(cfg: Config, folder: Path, workers: int, batch: int) -> Side:
 
 
 def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
-    """timm's, which asks for 0 bits at times: black, until Pillow 13 made that an error."""
+    """timm's, which sometimes asks for 0 bits: black, until Pillow 13 made that an error."""
     bits = min(bits, 8)
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
 
@@ -135,9 +135,9 @@ class Clocked:
 
 
 def profile(side: Side) -> dict[str, float]:
-    """Milliseconds an image of each transform, and of all the rest: batching, and for timm reading.
+    """Milliseconds per image of each transform and of the rest: batching, and for timm reading.
 
-    The transforms must run in this process: a loader without workers.
+    The transforms must run in this process: use a loader without workers.
     """
     before = list(side.transforms)
     spent = defaultdict(float)
@@ -155,19 +155,19 @@ def profile(side: Side) -> dict[str, float]:
 def run(args, report: Report) -> None:
     if args.images < args.batch:
         raise FastViTError(
-            f'--images {args.images} is less than a batch: give at least {args.batch}'
+            f'--images {args.images} is less than one batch: give at least {args.batch}'
         )
     cfg = Config.fromfile(CONFIG)
     init_default_scope(cfg.default_scope)
     cv2.setNumThreads(cfg.env_cfg.mp_cfg.opencv_num_threads)
-    title = "images a second: ours / timm's"
+    title = "images per second: ours / timm's"
     ratios = {}
     with TemporaryDirectory() as name:
         folder = Path(name)
         size = draw_images(folder, args.images)
         report.summary['Files'] = f'{args.images} of {IMAGE[1]} x {IMAGE[0]}, {size:.0f} KB each'
         for workers in args.workers:
-            torch.set_num_threads(args.threads if workers else 1)  # a worker has one
+            torch.set_num_threads(args.threads if workers else 1)  # workers have one each
             made = {
                 'ours': ours(cfg, folder, workers, args.batch),
                 'timm': timms(cfg, folder, workers, args.batch, prefetcher=False),
@@ -188,6 +188,6 @@ def run(args, report: Report) -> None:
             if workers == 0:
                 for name in ('ours', 'timm'):
                     for part, cost in profile(made[name]).items():
-                        row = {'pipeline': name, 'part': part, 'ms an image': cost}
+                        row = {'pipeline': name, 'part': part, 'ms per image': cost}
                         report.add('Where the time goes, one process', row)
     report.conclude(title, ratios)

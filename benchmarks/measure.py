@@ -1,7 +1,7 @@
 """Time, memory and limits of this machine, measured so that ratios can be trusted.
 
-Sides that are compared are called in turns (A B A B ...), so that whatever slows the machine down
-slows all of them. A ratio is the median of the ratios within each turn, its spread their quartiles.
+The sides of a comparison are called in turns (A B A B ...), so that anything that slows the machine
+down affects all of them. A ratio is the median of the ratios within each turn, with quartiles.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 @dataclass
 class Spread:
-    """Median and quartiles of what was measured."""
+    """Median and quartiles of measurements."""
 
     median: float
     low: float
@@ -58,7 +58,7 @@ def synchronize() -> None:
 
 
 def timed(call: Callable) -> float:
-    """Seconds of one call, until the device is done."""
+    """Seconds that one call takes until the device has finished."""
     synchronize()
     start = time.perf_counter()
     call()
@@ -70,14 +70,14 @@ def interleave(calls: dict[str, Callable], seconds: float, warmup: int = 3) -> d
     """Call everything in turns for about ``seconds``, after ``warmup`` turns that do not count.
 
     Returns:
-        The seconds of each call, by name; value i of every list is from turn i.
+        The seconds of the calls, by name; value i of each list is from turn i.
     """
     for _ in range(warmup):
         turn = sum(timed(call) for call in calls.values())
     turns = int(np.clip(seconds / max(turn, 1e-9), MIN_TURNS, MAX_TURNS))
     times = {name: [] for name in calls}
     gc.collect()
-    gc.disable()  # a collection would hit one side at random
+    gc.disable()  # a collection would slow down one side at random
     try:
         for _ in range(turns):
             for name, call in calls.items():
@@ -93,7 +93,7 @@ def ratio(slow: list[float], fast: list[float]) -> Spread:
 
 
 def fastest(times: dict[str, list], *names: str) -> str:
-    """The one of ``names`` with the least median."""
+    """The one of ``names`` with the lowest median."""
     return min(names, key=lambda name: statistics.median(times[name]))
 
 
@@ -102,7 +102,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def agree(outputs, reference, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why no ratio of the two sides may be shown, or None when their outputs are the same."""
+    """Why no ratio of the two sides may be shown, or None if their outputs are the same."""
     if not all(t.isfinite().all() for t in tensors((outputs, reference))):
         return 'no ratio: outputs are not finite'
     difference = distance(outputs, reference)
@@ -123,12 +123,12 @@ def process_memory(field: str) -> int:
 
 
 def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
-    """Bytes that ``call`` needs at its peak beyond what was there before.
+    """Bytes that ``call`` needs at its peak, beyond those in use before.
 
-    On a GPU what PyTorch allocated there. On the CPU the resident memory of the process, which
-    counts every library's allocations: the least of three calls, since the first may also fill
-    caches. Rearranged weights of deployed models are made anew in each, and count. None where the
-    system cannot tell (not Linux).
+    On a GPU, PyTorch's allocations there. On the CPU, the resident memory of the process, which
+    includes the allocations of all libraries: the minimum of three calls, because the first may
+    also fill caches. Each call includes the rearranged weights of deployed models, which are made
+    again. None if the system cannot tell (not Linux).
     """
     gc.collect()
     if device.startswith('cuda'):
@@ -145,19 +145,19 @@ def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
 
 
 def resident_growth(call: Callable) -> int:
-    """By how many bytes the resident memory of this process grows during ``call``; Linux."""
+    """Bytes by which the resident memory of this process grows during ``call``; Linux."""
     for weight in Rearranged.everywhere:
         weight.forget()
     ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew
+    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
     before = process_memory('VmRSS')
     call()
     return max(process_memory('VmHWM') - before, 0)
 
 
 def page_faults(call: Callable) -> int | None:
-    """Pages of memory (4 KB) that the system cleared and gave anew during one ``call``: the least
-    of three, after one that does not count. None where the system cannot tell."""
+    """Pages of memory (4 KB) that the system provided and cleared during one ``call``: the minimum
+    of three, after one that does not count. None if the system cannot tell."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -178,7 +178,7 @@ def saved_memory(forward: Callable, parameters) -> int:
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+            storages[storage.data_ptr()] = storage  # kept alive, so that no address is reused
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -209,7 +209,7 @@ def cpu_name() -> str:
 
 
 def machine(device: str, threads: int) -> dict[str, str]:
-    """What a reader needs to know to judge the figures: names and versions."""
+    """Names and versions that a reader needs to judge the figures."""
     names = ('torch', 'timm', 'onnxruntime', 'mmengine', 'onedl-mmengine', 'mmpretrain')
     versions = {}
     for name in (*names, 'onedl-mmpretrain'):
@@ -234,19 +234,19 @@ def cores() -> int:
 
 
 def rate(call: Callable, work: float, seconds: float) -> float:
-    """``work`` per second in the best of the calls that fit into ``seconds``."""
+    """``work`` per second in the fastest of the calls that fit into ``seconds``."""
     return work / min(interleave({'call': call}, seconds)['call'])
 
 
 def limits(
     device: str, threads: int, seconds: float = 1.0, size: int = 2048, copied: int = 2**28
 ) -> dict[str, float]:
-    """The best that this machine was just measured to do.
+    """The peak rates measured on this machine.
 
     Returns:
-        fp32 matrix products of ``size`` in GFLOP/s (as torch.mm, as a pointwise convolution, which
-        on the CPU is oneDNN's, and in ONNX Runtime), bf16 ones, on a GPU fp16 ones; memory copy in
-        GB/s, read and written, of ``copied`` bytes.
+        Matrix products of ``size`` in GFLOP/s: in fp32 with torch.mm and on the CPU also with
+        oneDNN (as a pointwise convolution) and ONNX Runtime, in bf16, and on a GPU in fp16; memory
+        copy of ``copied`` bytes in GB/s, read and written.
     """
     work = 2 * size**3 / 1e9
     side = int(size**0.5)
@@ -300,8 +300,8 @@ def onnxruntime_gemm(size: int, threads: int) -> Callable | None:
 def onnxruntime_session(model: bytes, threads: int, spin: bool = True, arena: bool = True):
     """An ONNX Runtime session on the CPU with as many threads as PyTorch has.
 
-    ``spin``: its threads may wait busily within a run, as they do by default; never after it, where
-    they would take the processor from the other side. ``arena``: keep memory from run to run.
+    ``spin``: its threads may spin while they wait during a run, which is the default, but never
+    after it, when they would take cores from the other side. ``arena``: keep memory between runs.
 
     Raises:
         FastViTError: ONNX Runtime is not installed.

@@ -1,7 +1,7 @@
 """The networks that the paper compares FastViT with, each in its fastest form, with random weights.
 
-Speed does not depend on the weights. Accuracies are the published ones, from each network's paper,
-trained on ImageNet-1k alone, without distillation, at ``size``.
+Speed does not depend on the weights. Accuracies are those published in each network's paper, with
+training on ImageNet-1k only, without distillation, at ``size``.
 """
 
 import copy
@@ -40,7 +40,7 @@ class Network:
     top1: float
 
     def build(self) -> nn.Module:
-        """In eval mode, with whatever can be merged merged."""
+        """The network in eval mode, with everything merged that can be merged."""
         model = unsettle(BUILDERS[self.library](self.name)).eval()
         return fold_norms(model, images(self.size, 1))
 
@@ -84,7 +84,7 @@ BUILDERS = dict(
 
 
 def merge_norms(module: nn.Module) -> None:
-    """Merge every BatchNorm that stands right behind a convolution among a module's children."""
+    """Merge every BatchNorm that directly follows a convolution among a module's children."""
     name_before = before = None
     for name, child in list(module.named_children()):
         behind = isinstance(before, nn.Conv2d) and isinstance(child, _BatchNorm)
@@ -98,10 +98,10 @@ def merge_norms(module: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_norms(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
-    """``model`` without the BatchNorms that a convolution can take over, if that changes nothing.
+    """``model`` with BatchNorms merged into convolutions, if that does not change the outputs.
 
-    What stands behind a convolution need not be called behind it, so the outputs decide: in
-    float64, since random weights of a deep network can amplify rounding.
+    A module that follows a convolution need not be called after it, so the outputs decide: in
+    float64, because random weights of a deep network can amplify rounding.
     """
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return model

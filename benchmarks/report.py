@@ -1,7 +1,7 @@
-"""What was measured, as Markdown tables, JSON and pictures.
+"""Measurements as Markdown tables, JSON and pictures.
 
-A row is a dict from column to value; the column's name carries the unit. Units: ms, MB (2**20
-bytes), GFLOP/s (10**9, two for each multiply-add).
+A row is a dict from column to value; the column's name includes the unit. Units: ms, MB (2**20
+bytes), GFLOP/s (10**9, two per multiply-add).
 """
 
 import json
@@ -34,7 +34,7 @@ def number(value: float) -> str:
 
 
 def text(value) -> str:
-    """A cell: a spread as ``median (low-high)``, nothing as a dash."""
+    """A cell: a spread as ``median (low-high)``, None as a dash."""
     if value is None:
         return '-'
     if isinstance(value, Spread):
@@ -43,7 +43,7 @@ def text(value) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table; what is the same in all of its rows stands in one line before it."""
+    """A table; columns with the same value in all rows are listed in one line before it."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     constant = []
     if len(rows) > 1:
@@ -58,7 +58,7 @@ def markdown(rows: list[dict]) -> str:
 
 @dataclass
 class Report:
-    """Collects what one command measured.
+    """Collects the measurements of one command.
 
     Attributes:
         panels: each draws one panel of the picture on axes.
@@ -72,30 +72,30 @@ class Report:
     panels: list[Callable] = field(default_factory=list)
 
     def add(self, title: str, row: dict) -> None:
-        """A row of the table ``title``; says so, since a run takes minutes."""
+        """Add a row to the table ``title``, and print it, because a run takes minutes."""
         self.tables.setdefault(title, []).append(row)
         print(', '.join(f'{k} {text(v)}' for k, v in row.items()), file=sys.stderr, flush=True)
 
     def speed(self, flops: int, seconds: float, dtype: torch.dtype = torch.float32) -> dict:
-        """Columns that hold what was achieved against the best that was just measured."""
+        """Columns that compare the achieved rate with the peak measured in this run."""
         achieved = flops / seconds / 1e9
         limit = best_gflops(self.limits, dtype)
         share = 100 * achieved / limit if limit else None
         return {'GFLOP/s': achieved, '% of the best GEMM': share}
 
     def average(self, title: str, ratios: dict[str, Spread | str]) -> None:
-        """The geometric mean of ``ratios``, if all could be measured."""
+        """Add the geometric mean of ``ratios``, if all could be measured."""
         if all(isinstance(r, Spread) for r in ratios.values()):
             mean = geometric_mean([r.median for r in ratios.values()])
             self.summary[f'{title}, geometric mean of {len(ratios)}'] = mean
 
     def conclude(self, title: str, ratios: dict[str, Spread | str]) -> None:
-        """The average of ``ratios`` and their picture."""
+        """Add the average of ``ratios`` and their picture."""
         self.average(title, ratios)
         self.panels = bars(ratios, title)
 
     def refusals(self) -> list[str]:
-        """The rows whose sides gave different outputs."""
+        """The rows whose sides have different outputs."""
         rows = [row for rows in self.tables.values() for row in rows]
         found = (
             f'{next(iter(row.values()))}: {value}'
@@ -119,7 +119,7 @@ class Report:
         write(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + '\n'))
 
     def insert(self, path: str | Path, section: str) -> None:
-        """Put everything between ``<!-- section -->`` and ``<!-- /section -->`` of a document."""
+        """Write everything between ``<!-- section -->`` and ``<!-- /section -->`` of a document."""
         before, begin, after = find_section(path, section)
         write(path, lambda p: p.write_text(f'{before}{begin}\n{self}\n{after}'))
 
@@ -137,10 +137,10 @@ class Report:
 
 
 def find_section(path: str | Path, section: str) -> tuple[str, str, str]:
-    """What stands before a section's begin, that begin, and what follows from its end on.
+    """The text before a section, the line that begins it, and the text from the line that ends it.
 
     Raises:
-        FastViTError: no such document, or no such section in it.
+        FastViTError: the document or the section in it does not exist.
     """
     begin, end = f'<!-- {section} -->', f'<!-- /{section} -->'
     content = Path(path).read_text() if Path(path).is_file() else ''
@@ -161,7 +161,7 @@ def write(path: str | Path, save: Callable[[Path], None]) -> None:
 
 
 def check_targets(json: str | None, plot: str | None) -> None:
-    """Fail before minutes are spent where a file could not be written after them."""
+    """Fail before measuring, not after it, if a file cannot be written."""
     for path in filter(None, (json, plot)):
         write(path, lambda p: None)
     kinds = plt.figure().canvas.get_supported_filetypes()
@@ -171,9 +171,9 @@ def check_targets(json: str | None, plot: str | None) -> None:
 
 
 def bars(ratios: dict[str, Spread], title: str) -> list[Callable]:
-    """A panel with a bar for each ratio and its quartiles; 1 is where both sides are equal.
+    """A panel with a bar for each ratio and its quartiles; at 1 both sides are equal.
 
-    None at all without a ratio.
+    No panel without a ratio.
     """
     ratios = {name: value for name, value in ratios.items() if isinstance(value, Spread)}
 
@@ -193,7 +193,7 @@ def bars(ratios: dict[str, Spread], title: str) -> list[Callable]:
 
 
 def scatter(families: dict[str, list[tuple]], title: str) -> Callable:
-    """A line for each family over points of (name, ms, top-1 in %)."""
+    """A line for each family through its points, (name, ms, top-1 in %)."""
 
     def draw(axes):
         for family, points in families.items():
@@ -217,7 +217,7 @@ def scatter(families: dict[str, list[tuple]], title: str) -> Callable:
 
 
 def curves(series: dict[str, tuple], title: str) -> Callable:
-    """Log-log lines of (pixels, values), square images; dashed what linear growth would be."""
+    """Log-log lines of (pixels, values) for square images; dashed lines show linear growth."""
 
     def draw(axes):
         for name, (pixels, values) in series.items():

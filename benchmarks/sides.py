@@ -1,4 +1,4 @@
-"""The sides of a comparison: our FastViT and timm's with the same weights, and how they are run."""
+"""The sides of a comparison: our FastViT and timm's with the same weights, and how they run."""
 
 import copy
 import itertools
@@ -26,9 +26,9 @@ DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 @torch.no_grad()
 def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights, statistics and scales under which every part shows in the outputs.
+    """Set random weights, statistics and scales with which every part affects the outputs.
 
-    With fresh ones a wrong merge would give almost the same.
+    With newly initialized ones, a wrong merge would give almost the same outputs.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -52,14 +52,14 @@ def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def backbones(arch: str, **args) -> tuple[nn.Module, nn.Module]:
-    """Ours and timm's backbone up to the last stage, the same weights, training form.
+    """Our and timm's backbone up to the last stage, with the same weights, in training form.
 
-    ``args`` go to ours.
+    ``args`` are passed to ours.
     """
     torch.manual_seed(0)
     ours = unsettle(FastViT(arch, out_indices=(3,), **args))
     theirs = timm.create_model(f'fastvit_{arch}')
-    # What timm's classifier has behind the stages stays as it is and is not run.
+    # The parts of timm's classifier after the stages are neither loaded nor run.
     theirs.load_state_dict(ours.state_dict(), strict=False)
     return ours, nn.Sequential(theirs.stem, theirs.stages)
 
@@ -73,7 +73,7 @@ def deployed(arch: str) -> dict[str, nn.Module]:
 
 
 def classifiers(arch: str) -> tuple[nn.Module, nn.Module]:
-    """Our config's whole classifier and timm's, the same weights, training form, in eval mode."""
+    """Our config's classifier and timm's, the same weights, in training form and eval mode."""
     torch.manual_seed(0)
     ours = unsettle(fastvit_mm.init_model(CLASSIFIER.format(arch)))
     theirs = timm.create_model(f'fastvit_{arch}')
@@ -83,19 +83,19 @@ def classifiers(arch: str) -> tuple[nn.Module, nn.Module]:
 
 
 def shapes(sizes: list[int], batches: list[int]) -> list[tuple[int, int]]:
-    """Pairs of size and batch; a single one of either goes with all of the other."""
+    """Pairs of size and batch; a single size or batch is combined with all of the other."""
     if 1 in (len(sizes), len(batches)):
         return list(itertools.product(sizes, batches))
     if len(sizes) != len(batches):
         raise FastViTError(
-            f'--sizes and --batch pair up: give as many of both, or one of either; '
+            f'--sizes and --batch are paired: give the same number of both, or one of either; '
             f'got {len(sizes)} and {len(batches)}'
         )
     return list(zip(sizes, batches, strict=True))
 
 
 def images(size: int | tuple[int, int], batch: int, seed: int = 0) -> Tensor:
-    """(batch, 3, H, W), as normalized images are."""
+    """(batch, 3, H, W), distributed like normalized images."""
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -105,13 +105,13 @@ def eager(model: nn.Module, inputs: Tensor) -> Callable:
 
 
 def compiled(model: nn.Module, inputs: Tensor) -> Callable:
-    """By inductor; on the CPU with its freezing, which takes the weights as constants."""
+    """Compiled by inductor; on the CPU with its freezing, which treats weights as constants."""
     fast = torch.compile(model, options={'freezing': True} if inputs.device.type == 'cpu' else None)
     return lambda: fast(inputs)
 
 
 def cuda_graph(model: nn.Module, inputs: Tensor) -> Callable:
-    """Replays the captured kernels; the outputs are overwritten by every call."""
+    """Replays the captured kernels; every call overwrites the outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,7 +129,7 @@ def cuda_graph(model: nn.Module, inputs: Tensor) -> Callable:
     return replay
 
 
-#: How ours and timm's run.
+#: How ours and timm's are run.
 MODES = {
     'eager': (eager, eager),
     'compile': (compiled, compiled),
@@ -155,13 +155,13 @@ def calls(
 
 @dataclass
 class Outcome:
-    """Two sides held against each other, each in its faster layout.
+    """The comparison of two sides, each in its faster layout.
 
     Attributes:
         row: columns of a report: times of all calls, the ratio or why there is none, memory.
-        ratio: how many times faster the first side is, or why none may be shown.
-        contiguous: the same with both in the layout that PyTorch gives them.
-        seconds: median of the first side.
+        ratio: how many times faster the first side is, or why no ratio may be shown.
+        contiguous: the same with both in PyTorch's default layout.
+        seconds: median time of the first side.
     """
 
     row: dict
@@ -178,13 +178,13 @@ def contest(
     memory: dict[str, dict[str, Callable]] | None = None,
     outputs: Callable | None = None,
 ) -> Outcome:
-    """Hold the first side against the second.
+    """Compare the first side with the second.
 
     Args:
-        sides: name of a side, then of a layout, to a call that gives the outputs.
-        dtype: the less exact one of both.
-        memory: calls whose memory is measured, if it is not that of ``sides``.
-        outputs: gives what has to agree, the reference last, if it is not what the calls give.
+        sides: calls that return the outputs, by name of the side, then of the layout.
+        dtype: the less exact one of the two.
+        memory: calls whose memory is measured, if not those of ``sides``.
+        outputs: returns the outputs that must agree, the reference last, if not those of the calls.
     """
     calls = {f'{side}, {layout}': c for side, own in sides.items() for layout, c in own.items()}
     first, second = sides

@@ -13,13 +13,13 @@ from fastvit_mm.reparameterize import tensors
 from . import measure, sides
 from .report import Report
 
-HELP = 'a training step of the backbone against timm, or with and without checkpointing'
+HELP = 'a training step of the backbone against timm, or with against without checkpointing'
 
 
 def add_arguments(parser) -> None:
     parser.add_argument('--archs', nargs='+', default=['t8', 's12', 'sa12'], choices=ARCHS)
     parser.add_argument('--sizes', nargs='+', type=int, default=[256])
-    parser.add_argument('--batch', nargs='+', type=int, default=[8], help='pairs up with sizes')
+    parser.add_argument('--batch', nargs='+', type=int, default=[8], help='paired with sizes')
     parser.add_argument(
         '--checkpointing', action='store_true', help='ours with with_cp against without'
     )
@@ -31,7 +31,7 @@ def loss(output: Tensor | tuple[Tensor]) -> Tensor:
 
 
 def step(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """One forward and backward pass; gives the outputs."""
+    """Run one forward and backward pass and return the outputs."""
     model.zero_grad(set_to_none=True)
     output = model(inputs)
     loss(output).backward()
@@ -40,7 +40,7 @@ def step(model: nn.Module, inputs: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def forward_flops(model: nn.Module, inputs: Tensor) -> int:
-    """Branch by branch. A backward pass is twice as much, where counters overlook groups."""
+    """Count branch by branch. A backward pass counts twice: counters ignore groups there."""
     model.eval()
     counted = measure.flops(lambda: model(inputs))
     model.train()
@@ -57,9 +57,9 @@ def contestants(arch: str, checkpointing: bool) -> dict[str, nn.Module]:
 
 
 def run(args, report: Report) -> None:
-    title = "training step: times of timm's / times of ours"
+    title = "training step: timm's time / our time"
     if args.checkpointing:
-        title = 'training step: times without / times with checkpointing'
+        title = 'training step: time without / time with checkpointing'
     ratios = {}
     for arch in args.archs:
         for size, batch in sides.shapes(args.sizes, args.batch):

@@ -17,30 +17,32 @@ CONFIGS = (
     'configs/segmentation/fpn_fastvit_sa36_ade20k.py',
     'configs/detection/mask_rcnn_fastvit_sa36_coco.py',
 )
-#: Height and width of a 4:3 image (ADE20K) and of the largest one (COCO) after the test pipeline.
+#: Height and width of a 4:3 image (ADE20K) and of the largest image (COCO) after the test pipeline.
 TEST_SIZE = dict(mmseg=(512, 704), mmdet=(800, 1344))
 
 
 def add_arguments(parser) -> None:
     parser.add_argument('--configs', nargs='+', default=CONFIGS)
-    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help="the config's")
+    parser.add_argument(
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (the config's)"
+    )
     parser.add_argument('--batch', type=int, default=1)
     parser.set_defaults(seconds=90)
 
 
 def build(path: str, device: str) -> tuple[nn.Module, str]:
-    """The model of a config with random weights, in eval mode, and its package."""
+    """A config's model with random weights, in eval mode, and its package."""
     torch.manual_seed(0)
     model = sides.unsettle(fastvit_mm.init_model(path)).to(device)
     for name, parameter in model.backbone.named_parameters():
         if name.endswith('gamma'):
-            # Larger ones saturate attention over so many positions, which then amplifies rounding.
+            # Larger ones saturate attention over so many positions, which amplifies rounding.
             parameter.data *= 0.3
     scope = model.cfg.default_scope
     if scope not in TEST_SIZE:
         raise FastViTError(f'{path}: give configs of detectors and segmenters')
     if scope == 'mmdet':
-        # One class for every box: as many as in a crowded image reach the mask head.
+        # One class for every box: as many boxes reach the mask head as in a crowded image.
         with torch.no_grad():
             model.roi_head.bbox_head.fc_cls.bias[0] = 5
     return model, scope
@@ -61,7 +63,7 @@ def predictor(model: nn.Module, scope: str, inputs: torch.Tensor) -> Callable:
 
 @torch.no_grad()
 def run(args, report: Report) -> None:
-    title = 'whole models: times of the training form / times of the deploy form'
+    title = 'whole models: time of the training form / time of the deploy form'
     ratios = {}
     for path in args.configs:
         model, scope = build(path, args.device)
@@ -72,7 +74,7 @@ def run(args, report: Report) -> None:
             {name: {'contiguous': predictor(m, scope, inputs)} for name, m in models.items()},
             args.seconds,
             args.device,
-            # Boxes of almost equal scores change places by rounding; the features must not.
+            # Rounding can swap boxes with almost equal scores, so the features are compared.
             outputs=lambda: [m.extract_feat(inputs) for m in models.values()],  # noqa: B023
         )
         case = {'config': Path(path).stem, 'size': '{} x {}'.format(*size), 'batch': args.batch}

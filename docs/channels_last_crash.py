@@ -1,14 +1,14 @@
-"""Why CPU training stays contiguous: a weight gradient of PyTorch's that corrupts memory.
+"""Why CPU training stays contiguous: a weight gradient in PyTorch corrupts memory.
 
     python docs/channels_last_crash.py
 
 FastViT's stem has a dense 1x1 convolution with stride 2 over the 3 channels of the image. In
 channels_last its weight gradient on the CPU (oneDNN's jit_1x1 backward_weights) writes past its
-workspace when there are fewer input channels than one vector holds: a segmentation fault, or
+workspace if there are fewer input channels than fit in one vector: a segmentation fault, or
 glibc's `free(): invalid next size` or `double free` some steps later. Seen with torch 2.10.0 and
 2.14.1 on a CPU with AVX-512; https://github.com/uxlfoundation/oneDNN/issues/6035 reports the same.
 Without the gradient of this one convolution, timm's FastViT T8 and SA12 train in channels_last.
-Each case below runs in a process of its own.
+Each case below runs in its own process.
 """
 
 import os
@@ -33,7 +33,7 @@ CASES = {
 
 
 def survives(case: tuple) -> bool:
-    # glibc then checks its heap at every call, and fills what is freed.
+    # makes glibc check its heap in every call and overwrite freed memory
     env = {**os.environ, 'MALLOC_CHECK_': '3', 'MALLOC_PERTURB_': '165', 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, '-c', GRADIENT.format(case=case)]
     return subprocess.run(command, env=env, capture_output=True).returncode == 0
@@ -51,7 +51,7 @@ def main() -> None:
         print('verdict: this PyTorch crashes in the weight gradient of a strided dense 1x1')
         print('convolution with few input channels in channels_last: train contiguous on the CPU')
     elif all(results.values()):
-        print('verdict: no crash here; this PyTorch or CPU takes another kernel')
+        print('verdict: no crash here; this PyTorch or CPU uses another kernel')
     else:
         print('verdict: something else crashes as well')
 

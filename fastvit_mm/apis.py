@@ -1,4 +1,4 @@
-"""Models and predictions in two calls, whatever the task; the packages' own APIs do the work."""
+"""Models and predictions in two calls, for every task; the packages' own APIs do the work."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -26,18 +26,19 @@ def init_model(
     reparam: bool = False,
     cfg_options: dict | None = None,
 ) -> nn.Module:
-    """Build the model of a config of mmpretrain, mmdet or mmseg, in eval mode.
+    """Build the model of an mmpretrain, mmdet or mmseg config, in eval mode.
 
     Args:
         config: a file or a Config.
-        checkpoint: file, address or short name of weights of any layout, loaded strictly; or an
-            exported file (.onnx, .pt2, .xml), which then answers; None leaves the model as
-            initialized.
-        reparam: give the deploy form.
-        cfg_options: settings to change, as ``{'model.backbone.arch': 't8'}``.
+        checkpoint: file, URL or short name of weights in any layout, loaded strictly; or an
+            exported file (.onnx, .pt2, .xml), which then computes the predictions; None keeps
+            the initial weights.
+        reparam: return the deploy form.
+        cfg_options: settings to change, such as ``{'model.backbone.arch': 't8'}``.
 
     Raises:
-        FastViTError: a file that does not exist or does not fit; nothing to reparameterize.
+        FastViTError: a file does not exist or does not fit, or there is nothing to
+            reparameterize.
     """
     if not isinstance(config, Config):
         if not Path(config).is_file():
@@ -68,11 +69,11 @@ def init_model(
 
         model = init_hand_mesh(config, device)
     else:
-        raise FastViTError(f'default_scope {scope!r} is none of mmpretrain, mmdet, mmseg')
+        raise FastViTError(f'default_scope {scope!r} is not one of mmpretrain, mmdet, mmseg')
     meta = dataset_meta(config, scope)
     exported = is_exported(checkpoint)
     if exported and reparam:
-        raise FastViTError(f'{checkpoint} has merged branches already: leave out reparam')
+        raise FastViTError(f'{checkpoint} is already merged: leave out reparam')
     if checkpoint is not None and not exported:
         read = weights.load(model, checkpoint, whole=True)
         meta = read['meta'].get('dataset_meta') or meta
@@ -86,7 +87,7 @@ def init_model(
 
 
 def dataset_meta(config: Config, scope: str) -> dict:
-    """Class names and colours of a config's test set: the data set's own, or set in the config."""
+    """Class names and colours of a config's test set: the data set's, or those in the config."""
     dataset = (config.get('test_dataloader') or {}).get('dataset', {})
     while 'dataset' in dataset:  # a wrapper such as RepeatDataset
         dataset = dataset['dataset']
@@ -96,14 +97,14 @@ def dataset_meta(config: Config, scope: str) -> dict:
 
 
 def inference(model: nn.Module, images: Images):
-    """Predictions of a model from :func:`init_model`.
+    """Predict with a model from :func:`init_model`.
 
     Args:
         images: a path or a BGR uint8 array (H, W, 3), or a list of either.
 
     Returns:
-        What the model's package gives for one image (mmpretrain: a dict with ``pred_label``,
-        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; of a hand mesh
+        What the model's package returns for an image (mmpretrain: a dict with ``pred_label``,
+        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; for a hand mesh
         model a HandSample), or a list.
     """
     many = isinstance(images, list | tuple)
@@ -115,7 +116,7 @@ def inference(model: nn.Module, images: Images):
 
 
 def predictor(model: nn.Module) -> Callable:
-    """What predicts for one image, built once and kept with the model."""
+    """A callable that predicts for one image, built once and kept with the model."""
     kept = model.__dict__.get('_predictor')
     if kept is None or kept.config is not model.cfg:
         if model.cfg.model.type == 'HandMesh':
@@ -127,7 +128,7 @@ def predictor(model: nn.Module) -> Callable:
 
 
 class ByInferencer:
-    """By mmpretrain's inferencer."""
+    """Predicts with mmpretrain's inferencer."""
 
     def __init__(self, model: nn.Module):
         from mmpretrain.apis import ImageClassificationInferencer
@@ -138,13 +139,13 @@ class ByInferencer:
     def __call__(self, image) -> dict:
         inferencer = self.inferencer
         inferencer.classes = inferencer.model._dataset_meta.get('classes')
-        # its call, without the progress bar
+        # what calling it does, without the progress bar
         (batch,) = inferencer.preprocess([image])
         return inferencer.postprocess(inferencer.forward(batch), [])[0]
 
 
 class ByPipeline:
-    """As mmdet's and mmseg's functions do, which build the test pipeline anew for every image."""
+    """Predicts like mmdet's and mmseg's functions, which rebuild the test pipeline per image."""
 
     def __init__(self, model: nn.Module):
         self.config, self.model = model.cfg, model

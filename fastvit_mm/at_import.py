@@ -1,7 +1,7 @@
-"""What importing fastvit_mm changes in OpenMMLab's packages, all of it, and why.
+"""Everything that importing fastvit_mm changes in OpenMMLab's packages, and why.
 
-``FASTVIT_MM_INSTALL=0`` in the environment leaves it out. Then call :func:`fastvit_mm.install`
-before anything imports mmdet.
+To prevent it, set ``FASTVIT_MM_INSTALL=0`` in the environment and call
+:func:`fastvit_mm.install` yourself, before anything imports mmdet.
 """
 
 import os
@@ -10,13 +10,13 @@ from . import inheritance, mmcv_ops
 
 
 def install() -> None:
-    """Make OpenMMLab's packages usable, safe and strict; doing it twice changes nothing."""
+    """Make OpenMMLab's packages usable, safe and strict; calling it twice has no further effect."""
     # mmcv's compiled operators don't build on a current PyTorch, and without them no model of
-    # mmdet can be imported: `mmcv._ext` is answered by torchvision, unless the real one is there.
+    # mmdet can be imported: torchvision stands in for `mmcv._ext` unless the real one exists.
     mmcv_ops.install()
     # `_base_ = 'fastvit_mm::...'` in the configs of other projects.
     inheritance.install()
-    # mmengine loads weights unsafely, and with `Pretrained` nothing at all if no name matches.
+    # mmengine loads weights unsafely, and its `Pretrained` loads nothing if no name matches.
     from . import weights
 
     weights.install()

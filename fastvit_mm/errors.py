@@ -1,8 +1,8 @@
-"""The one error that is meant for people."""
+"""The error that is meant for users."""
 
 
 class FastViTError(ValueError):
-    """One line that says what is wrong and what to do; the tools print it and exit with 2."""
+    """One line that says what is wrong and what to do; the tools print it and exit with code 2."""
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What the tools share: reading a config, checking what it needs, and running with clear errors."""
+"""Code shared by the tools: reading a config, checking its data, and running with clear errors."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ from .reparameterize import network, unwrap
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every tool with a config takes, for :func:`load_config`."""
+    """The arguments of every tool that takes a config, for :func:`load_config`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
@@ -30,7 +30,7 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """Those, and what the tools take that start a run."""
+    """The same plus the arguments of the tools that start a run."""
     parser = config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument(
@@ -44,12 +44,12 @@ def load_config(args: argparse.Namespace) -> Config:
     """The config that the arguments ask for.
 
     Raises:
-        FastViTError: no such file, or it cannot be read.
+        FastViTError: the file does not exist or cannot be read.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher != 'none' and not torch.cuda.is_available():
         raise FastViTError(
-            f'--launcher {args.launcher} needs GPUs and none was found: leave it out'
+            f'--launcher {args.launcher} needs GPUs, but none was found: leave it out'
         )
     path = Path(args.config)
     if not path.is_file():
@@ -71,7 +71,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def datasets_in(node) -> Iterator[ConfigDict]:
-    """Every data set in a dataloader's config, inside wrappers such as RepeatDataset too."""
+    """Every data set in a dataloader's config, including those in wrappers (RepeatDataset)."""
     if isinstance(node, list | tuple):
         for child in node:
             yield from datasets_in(child)
@@ -83,17 +83,17 @@ def datasets_in(node) -> Iterator[ConfigDict]:
 
 
 def expected_paths(dataset: dict) -> list[str]:
-    """Files and folders below its root that a data set's config names."""
+    """Files and folders under its root that a data set's config names."""
     prefix = dataset.get('data_prefix') or dataset.get('split') or ''
     parts = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
     return [p for p in [*parts, dataset.get('ann_file')] if p]
 
 
 def check_data(cfg: Config, *stages: str) -> None:
-    """Fail early, and helpfully, when a data set is not there.
+    """Fail early, with a helpful message, if a data set is missing.
 
     Args:
-        stages: of train, val, test.
+        stages: any of train, val, test.
     """
     found = [d for s in stages for d in datasets_in(cfg.get(f'{s}_dataloader'))]
     for dataset in found:
@@ -113,7 +113,7 @@ class Runner(BaseRunner):
     """mmengine's runner, with checkpoints read safely and loaded strictly."""
 
     def dump_config(self):
-        # A test's reduced config must not replace the one that training left in the work dir.
+        # A test's reduced config must not replace the one that training saved in the work dir.
         if self._train_dataloader is not None:
             super().dump_config()
 
@@ -135,10 +135,10 @@ TRAIN_ONLY = (
 
 
 def test_runner(cfg: Config, checkpoint: str) -> Runner:
-    """A runner that can only test: no training set, optimizer or averaging, nothing downloaded.
+    """A runner that can only test: without training set, optimizer, averaging or downloads.
 
     Args:
-        checkpoint: weights of any layout, or an exported file, which then answers for the model.
+        checkpoint: weights in any layout, or an exported file, which then replaces the model.
     """
     check_data(cfg, 'test')
     for key in TRAIN_ONLY:
@@ -157,11 +157,11 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
-    """Call ``main``; an error that is meant for people ends as one line and exit code 2."""
+    """Call ``main``; print an error that is meant for users as one line and exit with code 2."""
     try:
         main(None)
     except FastViTError as error:
-        # A registry that was building something repeats the error with its own prefix.
+        # A registry that was building an object raises the error again with its own prefix.
         while isinstance(error.__context__, FastViTError):
             error = error.__context__
         sys.stdout.flush()

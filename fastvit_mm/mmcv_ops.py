@@ -1,16 +1,16 @@
 """mmcv's operators without mmcv's compiled extension.
 
-A pip-installed mmcv (``mmcv-lite``, ``onedl-mmcv``) has no ``mmcv._ext``. As mmcv looks its
-operators up there when ``mmcv.ops`` is imported, neither mmdet's nor mmseg's models can be
+A pip-installed mmcv (``mmcv-lite``, ``onedl-mmcv``) has no ``mmcv._ext``. mmcv looks up its
+operators there when ``mmcv.ops`` is imported, so neither mmdet's nor mmseg's models can be
 imported, even those that never call an operator.
 
-:func:`install` makes Python find a substitute where no compiled ``mmcv._ext`` exists: the
-operators in :data:`COVERED` are answered by torchvision and plain PyTorch, on any device; every
-other one can be looked up and raises ``NotImplementedError`` when it is called.
+:func:`install` makes Python find a substitute if no compiled ``mmcv._ext`` exists: torchvision
+and plain PyTorch compute the operators in :data:`COVERED`, on any device; every other operator
+can be looked up, but raises ``NotImplementedError`` when called.
 
 The functions keep the calling convention of the extension: gradients are separate functions,
-results are written into tensors the caller has allocated, and scratch buffers are passed (and
-left alone here).
+results are written to tensors allocated by the caller, and scratch buffers are passed (and not
+used here).
 """
 
 import functools
@@ -26,8 +26,8 @@ __all__ = ['COVERED', 'install']
 
 
 def install() -> None:
-    """Let ``import mmcv._ext`` succeed; does nothing where the compiled extension is found."""
-    # Last in line: asked only when no other finder, so no installed mmcv, has the module.
+    """Let ``import mmcv._ext`` succeed; has no effect if the compiled extension is found."""
+    # Last in line: asked only if no other finder, and so no installed mmcv, has the module.
     if _Substitute not in sys.meta_path:
         sys.meta_path.append(_Substitute)
 
@@ -50,7 +50,7 @@ class _Substitute:
 
 
 def _uncovered(name: str):
-    # Python and its tools ask modules for dunder names, which must be seen to be absent.
+    # Python and its tools ask modules for dunder names, which must be reported as absent.
     if name.startswith('__'):
         raise AttributeError(f"module 'mmcv._ext' has no attribute {name!r}")
 
@@ -84,7 +84,7 @@ def nms(boxes, scores, iou_threshold, offset):
     boxes = boxes.to(dtype)
     if offset:  # the far edge is the box's last pixel
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    # Rounded as the overlaps are, so that a box exactly at the threshold is kept.
+    # Rounded like the overlaps, so that a box exactly at the threshold is kept.
     iou_threshold = torch.tensor(iou_threshold, dtype=dtype).item()
     return _torchvision().nms(boxes, scores.to(dtype), iou_threshold)
 
@@ -149,7 +149,7 @@ def roi_pool_forward(input, rois, output, argmax, *, pooled_height, pooled_width
         if y0 >= y1 or x0 >= x1:
             continue
         crop = input[image, :, y0:y1, None, x0:x1]
-        # Largest of each row's bin, then of the rows: the first in reading order, if equal.
+        # Maximum of each row's bin, then of the rows: among equals, the first in reading order.
         crop, col = crop.masked_fill(~in_col[n, :, x0:x1], -torch.inf).max(-1)
         crop, row = crop[:, None].masked_fill(~in_row[n, :, y0:y1, None], -torch.inf).max(2)
         found = crop > -torch.inf
@@ -202,8 +202,8 @@ def _deform_backward(grad_output, input, weight, offset, mask, bias, geometry):
     grads = _torchvision()._deform_conv2d_backward(
         grad_output, *_deform_args(input, weight, offset, mask, bias, geometry)
     )
-    # At -1 exactly (the padding of a new layer, whose offsets are zero) the derivative has two
-    # sides: mmcv takes the outer one, 0, and torchvision the inner one.
+    # At exactly -1 (the padding of a new layer, whose offsets are zero) the derivative differs
+    # between the two sides: mmcv takes the outer one, 0, and torchvision the inner one.
     kernel, size = weight.shape[2:], offset.shape[2:]
     shape = len(offset), geometry[7], *kernel, 2, *size
     for axis in (0, 1):
@@ -277,14 +277,14 @@ def modulated_deform_conv_backward(
 
 
 def _focal(input, target, weight, alpha):
-    """Where the label's own class is; probability of the wrong and right answer; log; weight."""
+    """Mask of the label's class; probabilities of the wrong and right answer; log; weight."""
     p = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
     own = target[:, None] == torch.arange(input.shape[1], device=target.device)
     wrong, right = torch.where(own, 1 - p, p), torch.where(own, p, 1 - p)
     log = right.clamp(min=torch.finfo(torch.float32).tiny).log()
     scale = torch.where(own, torch.full_like(p, alpha), 1 - alpha)
     if weight.numel():
-        # A row weighs what its label weighs, and 1 if it is background (any other label).
+        # A row has its label's weight, or 1 if it is background (any other label).
         known = (target >= 0) & (target < len(weight))
         scale *= torch.where(known, weight[target.where(known, 0)].to(p), 1.0)[:, None]
     return own, wrong, right, log, scale

@@ -1,4 +1,4 @@
-"""Predictions as pictures to look at, whatever the task; the packages' own visualizers draw."""
+"""Pictures of predictions, for every task, drawn by the packages' own visualizers."""
 
 import math
 import warnings
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmengine.structures import InstanceData
 
-SMALL = 512  # pixels: what is smaller, as a square of the same area, is enlarged to this
-LONG = 4000  # pixels: what is as long as this is not, however narrow
+SMALL = 512  # pixels: an image smaller than a square of this side is enlarged to its area
+LONG = 4000  # pixels: an image this long is not enlarged, however narrow it is
 DPI = 130  # of a small picture; larger ones have larger text
-LARGE = 800  # pixels, likewise: from here on the text grows with the picture
-TOP = 5  # classes of a classification
+LARGE = 800  # pixels, side of a square: from here on the text grows with the picture
+TOP = 5  # classes shown for a classification
 
 
 def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.ndarray:
@@ -25,11 +25,11 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
 
     Args:
         image: BGR uint8 (H, W, 3).
-        result: what ``inference`` gave for it; of detections, all that are to be drawn.
+        result: what ``inference`` returned for it; all detections in it are drawn.
         meta: the model's ``dataset_meta``; without ``classes`` and ``palette``, classes are
-            numbered and their colours random.
-        same_size: as a video needs it: the bars or the legend lie on the image. Otherwise they
-            stand beside it, and a small image is enlarged.
+            numbered and have random colours.
+        same_size: keep the size, for videos, and put bars or legend on top of the image.
+            Otherwise they are put next to it, and a small image is enlarged.
 
     Returns:
         BGR uint8; (H, W, 3) with ``same_size``.
@@ -58,7 +58,7 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
 
 
 def class_name(meta: dict, label: int) -> str:
-    """The name of a class, or its number where the model has no names."""
+    """The name of a class, or its number if the model has no names."""
     classes = meta.get('classes') or ()
     return str(classes[label]) if label < len(classes) else f'class {label}'
 
@@ -89,7 +89,7 @@ def instances(
 
     if not len(found):
         return image
-    found = found[found.scores.argsort()].numpy()  # the surest one on top
+    found = found[found.scores.argsort()].numpy()  # the highest score on top
     labels = found.labels.tolist()
     palette = colours(meta, max(labels) + 1)
     with matplotlib.rc_context({'figure.dpi': dpi}):
@@ -98,7 +98,7 @@ def instances(
         classes=[class_name(meta, label) for label in range(max(labels) + 1)], palette=palette
     )
     with warnings.catch_warnings():
-        # It warns of every box and label that touches the border.
+        # It warns about every box and label that touches the border.
         warnings.simplefilter('ignore', UserWarning)
         if 'masks' in found:
             masks = [
@@ -131,7 +131,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, meta: dict, factor: int) -> n
 
     count = max(int(labels.max()) + 1, len(meta.get('classes') or ()))
     visualizer = SegLocalVisualizer(alpha=0.6)
-    visualizer.dataset_meta = dict(  # its own arguments for these are interchanged
+    visualizer.dataset_meta = dict(  # it mixes up its own arguments for these
         classes=[class_name(meta, label) for label in range(count)], palette=colours(meta, count)
     )
     if factor > 1:  # with smooth borders
@@ -139,7 +139,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, meta: dict, factor: int) -> n
         parts = [(labels == label).astype(np.float32) for label in present]
         labels = present[np.argmax([enlarged(p, factor, cv2.INTER_LINEAR) for p in parts], axis=0)]
     field = PixelData(data=torch.from_numpy(labels.astype(np.int64))[None])
-    # On grey, as a red class on a blue object would look green.
+    # On grey, because a class's colour mixes with the object's.
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     sample = SegDataSample(pred_sem_seg=field)
     visualizer.add_datasample('', grey, sample, draw_gt=False, with_labels=False)
@@ -150,7 +150,7 @@ Row = tuple[str, float, tuple[int, int, int]]  # name, share of one, RGB colour
 
 
 def top_classes(result: dict, meta: dict) -> list[Row]:
-    """The likeliest classes of an image, the first one in the strongest colour."""
+    """The most likely classes of an image, the first one in the strongest colour."""
     scores = result['pred_scores']
     return [
         (class_name(meta, label), float(scores[label]), (38, 99, 190) if rank == 0 else BAR)
@@ -159,12 +159,12 @@ def top_classes(result: dict, meta: dict) -> list[Row]:
 
 
 def likeliest(result: dict) -> list[int]:
-    """Labels of the likeliest classes, best first."""
+    """Labels of the most likely classes, best first."""
     return np.argsort(-np.asarray(result['pred_scores']), kind='stable')[:TOP].tolist()
 
 
 def legend(labels: np.ndarray, meta: dict, limit: int) -> list[Row]:
-    """The classes present by area, the least ones as one row where there are more than fit."""
+    """The classes present, by area; if not all fit, the smallest ones share one row."""
     present, sizes = np.unique(labels, return_counts=True)
     order = np.argsort(-sizes, kind='stable')
     palette = colours(meta, int(present.max()) + 1)
@@ -181,12 +181,12 @@ def legend(labels: np.ndarray, meta: dict, limit: int) -> list[Row]:
 
 WIDTH, MARGIN = 2.5, 0.14  # inches, of a panel
 BARS_ROW, LEGEND_ROW = 0.46, 0.27  # inches
-NAME = 24  # letters that fit beside the number
+NAME = 24  # letters that fit next to the number
 BAR, GROUND = (142, 178, 226), (232, 235, 240)
 
 
 def panel(rows: Sequence[Row], dpi: float, bars: bool) -> np.ndarray:
-    """Names and shares, with a bar below each or a patch of colour before it: RGB uint8."""
+    """Names and shares, each with a bar below or a colour patch in front: RGB uint8."""
     step = BARS_ROW if bars else LEGEND_ROW
     size = (WIDTH, step * len(rows) + 1.3 * MARGIN)
     figure = Figure(size, dpi=dpi, facecolor='white')
@@ -217,7 +217,7 @@ def panel(rows: Sequence[Row], dpi: float, bars: bool) -> np.ndarray:
 
 
 def add(image: np.ndarray, side: np.ndarray, same_size: bool) -> np.ndarray:
-    """A panel to the right of an image, or faintly in its upper left corner."""
+    """A panel to the right of an image, or half-transparent in its upper left corner."""
     if not same_size:
         height = max(len(image), len(side))
         return np.hstack([centred(part, height) for part in (image, side)])
@@ -232,7 +232,7 @@ def add(image: np.ndarray, side: np.ndarray, same_size: bool) -> np.ndarray:
 
 
 def centred(image: np.ndarray, height: int) -> np.ndarray:
-    """An image with white above and below, ``height`` pixels in all."""
+    """An image with white above and below, ``height`` pixels in total."""
     above = (height - len(image)) // 2
     below = height - len(image) - above
     return np.pad(image, ((above, below), (0, 0), (0, 0)), constant_values=255)

@@ -1,4 +1,4 @@
-"""From the training form to the deploy form of a whole model, and the proof that they agree."""
+"""Converting a whole model to its deploy form, and checking that both forms agree."""
 
 import copy
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def network(model: nn.Module) -> nn.Module:
-    """As :func:`unwrap`, and out of test-time augmentation, which has no forward pass."""
+    """Like :func:`unwrap`, also inside test-time augmentation, which has no forward pass."""
     model = unwrap(model)
     return network(model.module) if isinstance(model, BaseTTAModel) else model
 
 
 def mergeable(model: nn.Module, prefix: str = '') -> dict[str, nn.Module]:
-    """Name and module of the outermost modules that have ``switch_to_deploy``."""
+    """The outermost modules that have ``switch_to_deploy``, by name."""
     if hasattr(model, 'switch_to_deploy'):
         return {prefix: model}
     found = {}
@@ -40,13 +40,13 @@ def mergeable(model: nn.Module, prefix: str = '') -> dict[str, nn.Module]:
 
 
 def reparameterize(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in its deploy form, in eval mode; ``model`` itself stays as it is.
+    """A copy of ``model`` in its deploy form, in eval mode; ``model`` itself does not change.
 
     Merges every module that has ``switch_to_deploy``: FastViT, its neck, and other backbones that
-    follow this convention of OpenMMLab (RepVGG, MobileOne). A model wrapper is taken off.
+    follow this OpenMMLab convention (RepVGG, MobileOne). Removes a model wrapper.
 
     Raises:
-        FastViTError: nothing to merge.
+        FastViTError: there is nothing to merge.
     """
     model = unwrap(model)
     merged = deploy_form(model)
@@ -59,7 +59,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 
 def deploy_form(model: nn.Module) -> nn.Module:
-    """As :func:`reparameterize`, of any model: what has nothing to merge is copied as it is."""
+    """Like :func:`reparameterize`, but a model with nothing to merge is only copied."""
     model = copy.deepcopy(unwrap(model))
     model.eval()
     for module in mergeable(model).values():
@@ -69,10 +69,10 @@ def deploy_form(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def absorb_output_norms(model: nn.Module) -> None:
-    """Take the backbone's output norms into the 1x1 lateral convolutions of an FPN, in place.
+    """Merge the backbone's output norms into the 1x1 lateral convolutions of an FPN, in place.
 
     Nothing else may read the backbone's outputs. The result has fewer parameters than a model
-    that is built with ``deploy=True``: for export, not for checkpoints.
+    built with ``deploy=True``: use it for export, not for checkpoints.
     """
     backbone, neck = getattr(model, 'backbone', None), getattr(model, 'neck', None)
     laterals = getattr(neck, 'lateral_convs', None)
@@ -93,12 +93,13 @@ def absorb_output_norms(model: nn.Module) -> None:
 
 @dataclass
 class Agreement:
-    """How far the deploy form's outputs are from the training form's, on one input.
+    """How far the deploy form's outputs are from the training form's, for one input.
 
     Attributes:
-        difference: largest absolute difference over the largest output, over all merged modules.
-        rounding: how far the training form itself is from its own float64 result, likewise.
-        limit: what rounding explains.
+        difference: largest absolute difference relative to the largest output, over all merged
+            modules.
+        rounding: the same between the training form and its own float64 result.
+        limit: the largest difference that rounding explains.
     """
 
     difference: float
@@ -122,7 +123,7 @@ def tensors(output) -> list[Tensor]:
 
 def distance(output, reference) -> float:
     """Largest absolute difference, relative to the largest absolute value of the reference;
-    infinite where either has a NaN."""
+    infinite if either contains a NaN."""
     worst = 0.0
     for a, b in zip(tensors(output), tensors(reference), strict=True):
         a, b = exact(a), exact(b)
@@ -133,7 +134,7 @@ def distance(output, reference) -> float:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within it, float32 is not shortened: to TF32 on a GPU, or to bfloat16 on a CPU."""
+    """Within it, float32 is not reduced to TF32 on a GPU or to bfloat16 on a CPU."""
     backends = torch.backends
     try:
         matmul, cudnn = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
@@ -141,7 +142,7 @@ def full_float32() -> Iterator[None]:
             (torch.set_float32_matmul_precision, matmul, 'highest'),
             (partial(setattr, backends.cudnn, 'allow_tf32'), cudnn, False),
         ]
-    except RuntimeError:  # they were set by torch's newer names, which do not mix with the older
+    except RuntimeError:  # set through torch's newer names, which do not mix with the older ones
         products = [backends.cuda.matmul, backends.cudnn.conv]
         products += [backends.mkldnn.matmul, backends.mkldnn.conv]
         switches = [
@@ -158,7 +159,7 @@ def full_float32() -> Iterator[None]:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """``device``, or the CPU where that one lacks float64."""
+    """``device``, or the CPU if it lacks float64."""
     try:
         torch.empty(0, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):
@@ -167,10 +168,10 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def run_in_float64(module: nn.Module, args: tuple):
-    """What ``module`` gives for ``args`` in eval mode, computed in float64."""
+    """The output of ``module`` for ``args`` in eval mode, computed in float64."""
     device = float64_device(next(module.parameters()).device)
     module = copy.deepcopy(module).to(device, torch.float64)
-    module.eval()  # on its own: some backbones' train() returns nothing
+    module.eval()  # not chained: the train() of some backbones returns nothing
     return module(*(to_double(a, device) for a in args))
 
 
@@ -184,16 +185,16 @@ def to_double(value, device: torch.device):
 
 @torch.no_grad()
 def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
-    """Hold the merged modules of ``merged`` against those of ``model`` on images ``inputs``.
+    """Compare the merged modules of ``merged`` with those of ``model`` on images ``inputs``.
 
-    Each merged module of ``model`` meets the very input it gets in ``model``, and its deploy form
-    meets the same. What rounding explains is measured: the same module once more in float64.
+    Both forms of a module get the input that the module gets in ``model``. How much rounding
+    explains is measured by running the same module in float64.
 
     Args:
         inputs: (B, 3, H, W), normalized.
 
     Raises:
-        FastViTError: ``model`` runs none of its merged modules on images.
+        FastViTError: ``model`` does not run any of its merged modules on images.
     """
     model, merged = network(model), network(merged)
     calls = {}
@@ -223,10 +224,10 @@ def compare(model: nn.Module, merged: nn.Module, inputs: Tensor) -> Agreement:
             rounding = max(rounding, distance(output, run_in_float64(modules[name], args)))
     if not calls:
         raise FastViTError(
-            f'{type(model).__name__} runs none of the parts that were merged, so that its deploy '
-            'form cannot be checked: test it without --reparam'
+            f'{type(model).__name__} does not run any of the merged parts, so its deploy form '
+            'cannot be checked: test it without --reparam'
         )
     eps = torch.finfo(next(model.parameters()).dtype).eps
-    # float64 cannot be held against anything more exact.
+    # There is nothing more exact to compare float64 with.
     limit = 10 * max(rounding, eps) if rounding else 100 * eps
     return Agreement(difference, rounding, limit)

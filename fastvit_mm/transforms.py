@@ -1,7 +1,7 @@
-"""mmpretrain's data loading at less cost: same names after ``Fast``, same arguments.
+"""Faster versions of mmpretrain's data loading: same names with ``Fast`` in front, same arguments.
 
-Transforms take images of (H, W, 3) uint8. A module of its own, because it needs mmpretrain:
-configs name it in ``custom_imports``.
+Transforms take uint8 images (H, W, 3). This is a separate module because it needs mmpretrain:
+configs list it in ``custom_imports``.
 """
 
 import copy
@@ -18,7 +18,7 @@ from mmpretrain.registry import MODELS, TRANSFORMS
 
 @TRANSFORMS.register_module()
 class FastRandomResizedCrop(RandomResizedCrop):
-    """The same pixels. The crop is contiguous: Pillow copies a view element by element."""
+    """The same pixels. The crop is contiguous, as Pillow would copy a view element by element."""
 
     def transform(self, results: dict) -> dict:
         img = results['img']
@@ -32,7 +32,7 @@ class FastRandomResizedCrop(RandomResizedCrop):
 
 @TRANSFORMS.register_module()
 class FastRandomFlip(RandomFlip):
-    """The same pixels, contiguous: a view with negative strides costs whoever reads it more."""
+    """The same pixels, contiguous: a view with negative strides is slower to read."""
 
     AXES = dict(vertical=0, horizontal=1, diagonal=-1)
 
@@ -44,7 +44,7 @@ class FastRandomFlip(RandomFlip):
 
 @TRANSFORMS.register_module()
 class FastRandomErasing(RandomErasing):
-    """The same distribution: normal noise from torch in float32, not from numpy in float64."""
+    """The same distribution: normal noise from torch in float32 instead of numpy in float64."""
 
     def _fill_pixels(self, img: np.ndarray, top: int, left: int, h: int, w: int) -> np.ndarray:
         if self.mode == 'const' or self.fill_std is None:
@@ -77,7 +77,7 @@ class FastClsDataPreprocessor(ClsDataPreprocessor):
         inputs = self.cast_data(inputs)
         if self.to_rgb and inputs.size(1) == 3:
             inputs = inputs.flip(1)
-        inputs = inputs.to(torch.float, copy=True)  # the caller's stays as it is
+        inputs = inputs.to(torch.float, copy=True)  # do not change the caller's
         rest = copy.copy(self)
         rest.to_rgb = rest._enable_normalize = False
         data = {**data, 'inputs': inputs.sub_(self.mean).div_(self.std)}

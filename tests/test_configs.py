@@ -196,7 +196,7 @@ def test_header(path):
     cfg, entry = Config.fromfile(ROOT / path), entries()[Path(path).stem]
     amp = ' --amp' if 'classification' in path else ''
     assert command == f'# torchrun --nproc-per-node 8 tools/train.py {path} --launcher pytorch{amp}'
-    assert f'8 GPUs of {cfg.train_dataloader.batch_size} images' in hardware
+    assert f'8 GPUs with {cfg.train_dataloader.batch_size} images each' in hardware
 
     metrics = entry['Results'][0]['Metrics'] if 'Results' in entry else {}
     patterns = {
@@ -211,9 +211,9 @@ def test_header(path):
     }
     said = {k: float(m[1]) for k, p in patterns.items() if (m := re.search(p, hardware))}
     assert said == metrics
-    assert bool(said) != ('The paper has no' in hardware or 'prints no figure' in hardware)
+    assert bool(said) != ('The paper has no' in hardware or 'reports no figure' in hardware)
     unsure = 'unverified' in entry['Metadata'].get('Source', '')
-    assert ('second hand' in hardware) == unsure
+    assert ('secondary source' in hardware) == unsure
 
 
 def pretrained_names(node):

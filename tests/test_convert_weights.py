@@ -227,7 +227,7 @@ def test_refusals_write_nothing(original, convert, tmp_path, monkeypatch):
     torch.save(timm.create_model('resnet10t').state_dict(), other := tmp_path / 'other.pth')
     refusal(convert(other, target), 'not a FastViT')
     torch.save(dict(epoch=3), other)
-    refusal(convert(other, target), 'holds no weights')
+    refusal(convert(other, target), 'contains no weights')
     state = model.state_dict()
     gone = [k for k in state if k.startswith('stages.1.blocks.0.mlp.')][:4]
     for deploy in ([], ['--deploy']):

@@ -272,7 +272,7 @@ def test_refusals(tool, cases, tmp_path):
 
     refused(tmp_path / 'no.png', 'no.png does not exist')
     refused(tmp_path / 'empty', 'no images', 'empty')
-    refused(text, 'a.txt is no image and no video')
+    refused(text, 'a.txt is neither an image nor a video')
     for source, where in (
         (folder, folder),
         (folder, folder / 'sub'),

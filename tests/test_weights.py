@@ -331,7 +331,7 @@ def test_damaged_files(tmp_path):
     bad.write_bytes(b'\x10')
     says(lambda: weights.read(bad), 'truncated')
     torch.save(dict(epoch=3), cut)
-    says(lambda: weights.load(FastViT('t8'), cut), 'holds no weights')
+    says(lambda: weights.load(FastViT('t8'), cut), 'contains no weights')
 
 
 class Hostile:

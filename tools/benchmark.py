@@ -1,4 +1,4 @@
-"""Measure fastvit_mm beside timm and other networks; docs/benchmarks.md has the results.
+"""Measure fastvit_mm against timm and other networks; docs/benchmarks.md has the results.
 
 python tools/benchmark.py deploy|whole|train|export|compare|growth|loading [--json F] [--plot F] ...
 """
@@ -30,13 +30,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         module = import_module(f'benchmarks.{name}')
         own = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         own.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')
-        own.add_argument('--threads', type=int, default=2, help='of PyTorch and ONNX Runtime (2)')
         own.add_argument(
-            '--seconds', type=float, default=10, help='for the turns of one row of the table (10)'
+            '--threads', type=int, default=2, help='threads of PyTorch and ONNX Runtime (2)'
         )
-        own.add_argument('--json', metavar='FILE', help='write the figures here')
-        own.add_argument('--plot', metavar='FILE', help='draw the picture here')
-        own.add_argument('--doc', metavar='FILE#SECTION', help='put the tables into this document')
+        own.add_argument(
+            '--seconds', type=float, default=10, help='time to measure each row of the table (10)'
+        )
+        own.add_argument('--json', metavar='FILE', help='write the figures to FILE')
+        own.add_argument('--plot', metavar='FILE', help='draw the picture to FILE')
+        own.add_argument(
+            '--doc', metavar='FILE#SECTION', help='insert the tables into this document'
+        )
         module.add_arguments(own)
         own.set_defaults(run=module.run)
     return parser.parse_args(argv)
@@ -45,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise FastViTError('--device cuda needs a GPU and none was found: leave it out')
+        raise FastViTError('--device cuda needs a GPU, but none was found: leave it out')
     check_targets(args.json, args.plot)
     document, _, section = (args.doc or '').partition('#')
     if document:

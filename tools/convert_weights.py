@@ -1,4 +1,4 @@
-"""Convert weights among timm's, the authors' and OpenMMLab's names:
+"""Convert weights between the names of timm, the authors and OpenMMLab:
 python tools/convert_weights.py SRC DST [--to timm|apple|mm] [--deploy] [--prefix PART] [--force]
 """
 
@@ -9,9 +9,9 @@ from fastvit_mm import launch, weights
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description='Convert weights among the layouts of timm, the authors and OpenMMLab.'
+        description='Convert weights between the layouts of timm, the authors and OpenMMLab.'
     )
-    parser.add_argument('src', help='file, address or short name of the weights, in any layout')
+    parser.add_argument('src', help='file, URL or short name of the weights, in any layout')
     parser.add_argument('dst', help='file to write: .pth, .pth.tar or .safetensors')
     parser.add_argument(
         '--to', choices=['timm', 'apple', 'mm'], default='mm', help='layout to write (mm)'
@@ -19,10 +19,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--deploy',
         action='store_true',
-        help='write the deploy form: merged completely for mm, else as timm and the authors do',
+        help="write the deploy form: merged completely for mm, otherwise timm's and the authors'",
     )
     parser.add_argument(
-        '--prefix', help='convert only what starts so: one of the models in a file of several'
+        '--prefix', help='convert only weights that start with PREFIX, if SRC has several models'
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     args = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     state = weights.state_dict_of(checkpoint, args.src)
     state = weights.part_of(state, args.prefix, args.src)
     converted = weights.convert(state, args.to, args.deploy, args.src)
-    content = converted if args.to == 'timm' else dict(state_dict=converted)  # as each saves it
+    content = converted if args.to == 'timm' else dict(state_dict=converted)  # as each project does
     if args.to == 'mm' and (meta := checkpoint.get('meta')):
         content['meta'] = {k: v for k, v in meta.items() if k == 'dataset_meta'}
     weights.save(content, dst)

@@ -1,4 +1,4 @@
-"""What `make demo` runs: train SA36 for segmentation, test it in both forms, compare them."""
+"""Run by `make demo`: train SA36 for segmentation, test it in both forms, compare them."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ CONFIG = 'configs/segmentation/fpn_fastvit_sa36_ade20k.py'
 
 
 def tool(name: str, *args: str) -> None:
-    """Run one of the tools as a user would; end with its exit code where it fails."""
+    """Run one of the tools like a user; if it fails, exit with its code."""
     command = [f'tools/{name}.py', CONFIG, *args, '--demo']
     print(f'\n$ python {shlex.join(command)}', flush=True)
     code = subprocess.run([sys.executable, *command]).returncode
@@ -46,10 +46,10 @@ def milliseconds(models: list, inputs, rounds: int = 15) -> list[float]:
 
 
 def draw(rows: list, classes: list[str], palette: list, path: Path) -> None:
-    """Image, truth and prediction side by side, a row for each of ``rows``.
+    """Image, truth and prediction side by side, for each of ``rows``.
 
     Args:
-        rows: of (image, truth, prediction): (H, W, 3) RGB and twice (H, W) labels, 255 for none.
+        rows: (image, truth, prediction): (H, W, 3) RGB and twice (H, W) labels, 255 for none.
     """
     colors = np.full((256, 3), 255, np.uint8)
     colors[: len(palette)] = palette

@@ -1,4 +1,4 @@
-"""Write a model to a file that runs elsewhere, and prove that it computes the same:
+"""Export a model to a file that runs elsewhere, and check that it computes the same:
 python tools/export.py CONFIG CHECKPOINT --format onnx|torch|openvino|coreml --out FILE ...
 """
 
@@ -20,26 +20,26 @@ from fastvit_mm.demo.scenes import make_scenes
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.export import FORMATS, export, verify
 
-# Of images that have no size of their own: what the paper tests with.
+# For configs that do not give a test size: the paper's.
 SIZES = dict(mmpretrain=(256, 256), mmseg=(512, 512), mmdet=(800, 1344))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.config_parser('Export a model, branches merged, and verify the file.')
-    parser.add_argument('checkpoint', help='file, address or short name of the weights')
-    parser.add_argument('--format', choices=FORMATS, default='onnx', help='(onnx)')
+    parser = launch.config_parser('Export a model with merged branches, and verify the file.')
+    parser.add_argument('checkpoint', help='file, URL or short name of the weights')
+    parser.add_argument('--format', choices=FORMATS, default='onnx', help='format of FILE (onnx)')
     suffixes = ', '.join(f.suffix for f in FORMATS.values())
     parser.add_argument('--out', required=True, help=f'file to write: {suffixes}')
     parser.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help="of the images (the config's test)"
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (the config's test size)"
     )
     parser.add_argument(
         '--dynamic',
         action='store_true',
-        help='take any number of images of any size (a detector takes any size always)',
+        help='accept any number of images of any size (detectors always accept any size)',
     )
-    parser.add_argument('--batch', type=int, default=1, help='images at once (1)')
-    parser.add_argument('--half', action='store_true', help='float16 inside (torch: bfloat16)')
+    parser.add_argument('--batch', type=int, default=1, help='images per batch (1)')
+    parser.add_argument('--half', action='store_true', help='compute in float16 (torch: bfloat16)')
     parser.add_argument(
         '--with-preprocess',
         action='store_true',
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--output',
         choices=['logits', 'probabilities', 'labels'],
-        help='of a classifier (logits, probabilities) or a segmentor (logits, labels)',
+        help='output of a classifier (logits, probabilities) or a segmentor (logits, labels)',
     )
     parser.add_argument(
         '--with-hand-model',
@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     chosen, path = FORMATS[args.format], Path(args.out)
     if path.suffix != chosen.suffix:
         raise FastViTError(
-            f'--out {path}: a file of --format {args.format} ends in {chosen.suffix}'
+            f'--out {path}: with --format {args.format}, give a file that ends in {chosen.suffix}'
         )
     if args.batch < 1 or min(args.size or [32]) < 32:
-        raise FastViTError('--batch is at least 1, --size at least 32 32')
+        raise FastViTError('--batch must be at least 1 and --size at least 32 32')
     cfg = launch.load_config(args)
     size = tuple(args.size) if args.size else size_of(cfg)
     model = fastvit_mm.init_model(cfg, args.checkpoint)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         verdict = verify(model, path, images(cfg, size, info['size'] is None))
     except BaseException:
-        move_aside(path)  # nothing is known of it
+        move_aside(path)  # it was not verified
         raise
     if not verdict.explained:
         aside = move_aside(path)
@@ -100,7 +100,7 @@ def description(info: dict) -> str:
 
 
 def size_of(cfg: Config) -> tuple[int, int]:
-    """Height and width that the config's test pipeline ends with, where it says so."""
+    """Height and width that the config's test pipeline produces, if it gives them."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
     size = None
     for step in dataset.get('pipeline', []):
@@ -110,13 +110,13 @@ def size_of(cfg: Config) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     short, long = min(size), max(size)
-    if cfg.default_scope == 'mmdet':  # (long, short) of pictures that are mostly wide
+    if cfg.default_scope == 'mmdet':  # (long, short); most images are wide
         return short, -(-long // 32) * 32
     return short, short
 
 
 def images(cfg: Config, size: tuple[int, int], dynamic: bool) -> list[np.ndarray]:
-    """Noise and two real images, uint8 RGB; of different sizes where the file takes any."""
+    """Noise and two real images, uint8 RGB; of different sizes if the file takes any size."""
     real = []
     for path in real_files(cfg):
         image = mmcv.imread(str(path), channel_order='rgb')
@@ -125,7 +125,7 @@ def images(cfg: Config, size: tuple[int, int], dynamic: bool) -> list[np.ndarray
         if len(real) == 2:
             break
     if len(real) < 2:
-        print('the test set is not there: verified on generated scenes', file=sys.stderr)
+        print('no test set found: verifying with generated scenes', file=sys.stderr)
         real = [scene.image for _, scene in islice(make_scenes('imagenet', 'val'), 2)]
     sizes = [size] * 3
     if dynamic:
@@ -149,7 +149,7 @@ def real_files(cfg: Config) -> Iterator[Path]:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a file that must not be used, and the weights that OpenVINO keeps beside it."""
+    """Rename a file that must not be used, and the weights that OpenVINO saves next to it."""
     aside = path.with_name(f'{path.stem}.failed{path.suffix}')
     if aside.is_dir():
         shutil.rmtree(aside)

@@ -1,21 +1,21 @@
-"""Look at predictions:
+"""Visualize predictions:
 python tools/infer.py CONFIG CHECKPOINT_OR_EXPORTED IMAGE|FOLDER|VIDEO|- --out D [--json] ...
 
-A folder is searched with its subfolders, in sorted order, for every image that OpenCV reads; the
-pictures keep the names and places: FOLDER/a/b.png becomes D/a/b.jpg. A video VIDEO.avi becomes
-D/VIDEO.mp4 of the same size (of odd ones, a pixel less) and rate. `-` is one encoded image on
-standard input.
+A folder is searched recursively, in sorted order, for all images that OpenCV can read; pictures
+keep names and subfolders: FOLDER/a/b.png becomes D/a/b.jpg. A video VIDEO.avi becomes D/VIDEO.mp4
+of the same size (odd sizes lose one pixel) and frame rate. `-` is one encoded image on standard
+input.
 
-Images are turned upright as their EXIF data say, in pictures and JSON alike. An image that cannot
+Images are rotated upright according to their EXIF data, in pictures and JSON. An image that cannot
 be read is reported and skipped; the exit code is then 1.
 
---json writes, after the input's name, D/NAME.predictions.json and D/NAME.images.json. The first is
-a list in COCO's format for results, the second says what its ids mean: `images` are numbered from
-1 (frames have a `frame_index` from 0), `categories` are the model's classes in their order, from 1.
-A result of
+--json writes D/NAME.predictions.json and D/NAME.images.json, where NAME is the input's name. The
+first is a list in COCO's results format, the second explains its ids: `images` are numbered from 1
+(frames have a `frame_index` from 0), `categories` are the model's classes in order, from 1.
+The results of each task:
   detection       image_id, category_id, score, bbox [x, y, width, height], segmentation (RLE)
   segmentation    image_id, category_id, segmentation (RLE): one for each class present
-  classification  image_id, category_ids, labels, scores: the five likeliest classes
+  classification  image_id, category_ids, labels, scores: the five most likely classes
   hand mesh       image_id, xyz, verts (metres, relative to the root joint), uv (pixels)
 COCO('D/NAME.images.json').loadRes('D/NAME.predictions.json') reads the first two.
 """
@@ -43,7 +43,7 @@ from fastvit_mm import launch, pictures
 from fastvit_mm.errors import FastViTError
 
 JPEG_SIDE = 65500  # pixels: libjpeg's limit
-Images = Iterator[tuple[dict, np.ndarray | None]]  # what is known of it, BGR; None: unreadable
+Images = Iterator[tuple[dict, np.ndarray | None]]  # its JSON entry, BGR; None: unreadable
 
 
 def load(cfg: Config, checkpoint: str, device: str, reparam: bool) -> torch.nn.Module:
@@ -53,7 +53,7 @@ def load(cfg: Config, checkpoint: str, device: str, reparam: bool) -> torch.nn.M
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise FastViTError(f'--device {device} cannot be used: {reason}') from error
-    if cfg.default_scope == 'mmpretrain':  # which shows a bar for every image
+    if cfg.default_scope == 'mmpretrain':  # it shows a bar for every image
         from mmpretrain.utils import progress
 
         progress.disable_progress_bar = True
@@ -61,16 +61,16 @@ def load(cfg: Config, checkpoint: str, device: str, reparam: bool) -> torch.nn.M
 
 
 def is_image(path: Path) -> bool:
-    """By its content; by its name too, so that a damaged image is reported."""
+    """Whether its content or its name is an image's, so that a damaged image is reported."""
     named = path.suffix.lower() in IMG_EXTENSIONS
     return path.is_file() and (named or cv2.haveImageReader(str(path)))
 
 
 def decode(content: bytes) -> np.ndarray | None:
-    """BGR uint8, upright; None where this is no image or half of one."""
+    """BGR uint8, upright; None if it is not an image or not a complete one."""
     try:
         return mmcv.imfrombytes(content)
-    except cv2.error:  # empty, or larger than OpenCV admits
+    except cv2.error:  # empty, or larger than OpenCV allows
         return None
 
 
@@ -85,7 +85,7 @@ class Stills:
         self.root = root if root.is_dir() else root.parent
         self.paths = sorted(filter(is_image, root.rglob('*'))) if root.is_dir() else [root]
         if not self.paths:
-            raise FastViTError(f'no images that OpenCV reads in {root}')
+            raise FastViTError(f'no images that OpenCV can read in {root}')
         self.name = 'stdin' if self.stdin else root.resolve().name if root.is_dir() else root.stem
         self.stems = Counter(path.with_suffix('') for path in self.paths)
 
@@ -103,9 +103,9 @@ class Stills:
 
     def write(self, known: dict, picture: np.ndarray) -> None:
         path = Path(known['file_name'])
-        twins = self.stems[self.root / path.with_suffix('')] > 1  # a.png beside a.jpg
+        twins = self.stems[self.root / path.with_suffix('')] > 1  # a.png and a.jpg
         if max(picture.shape) > JPEG_SIDE:
-            raise FastViTError('its picture would be larger than JPEG admits')
+            raise FastViTError('its picture would be larger than JPEG allows')
         mmcv.imwrite(picture, str(self.out / f'{path if twins else path.with_suffix("")}.jpg'))
 
     def close(self) -> None: ...
@@ -119,12 +119,12 @@ class Video:
     def __init__(self, source: str, out: Path):
         self.capture = cv2.VideoCapture(source)
         if not self.capture.isOpened():
-            raise FastViTError(f'{source} is no image and no video that OpenCV reads')
+            raise FastViTError(f'{source} is neither an image nor a video that OpenCV can read')
         self.file, self.name = Path(source).name, Path(source).stem
         self.path, self.writer = out / f'{self.name}.mp4', None
 
     def __len__(self):
-        """As the file says; some say nothing or an estimate."""
+        """The number given in the file; some files give none or an estimate."""
         return max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def __iter__(self) -> Images:
@@ -141,7 +141,7 @@ class Video:
             code, size = cv2.VideoWriter_fourcc(*'mp4v'), picture.shape[1::-1]
             self.writer = cv2.VideoWriter(str(self.path), code, rate if rate > 0 else 25, size)
             if not self.writer.isOpened():
-                raise OSError(f'no video can be made as {self.path.name}')
+                raise OSError(f'cannot create the video {self.path.name}')
         self.writer.write(picture)
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class Video:
 
 
 def open_input(source: str, out: Path) -> Stills | Video:
-    """What there is to look at, once it is sure that no original will be overwritten."""
+    """Open the input, after checking that no original would be overwritten."""
     path = Path(source)
     if source == '-':
         return Stills(source, out)
@@ -168,13 +168,13 @@ def predict(model: torch.nn.Module, image: np.ndarray | None):
         raise FastViTError('cannot be read')
     try:
         return fastvit_mm.inference(model, image)
-    except cv2.error as error:  # the config's resizing leaves nothing of it
+    except cv2.error as error:  # the config's resizing leaves no pixels
         height, width = image.shape[:2]
         raise FastViTError(f'{width} x {height} pixels are too narrow') from error
 
 
 def above(result, threshold: float):
-    """A prediction without the boxes that score less than ``threshold``."""
+    """A prediction without the boxes that score below ``threshold``."""
     if not isinstance(result, dict) and 'pred_instances' in result:
         found = result.pred_instances
         result.pred_instances = found[found.scores >= threshold]
@@ -182,13 +182,13 @@ def above(result, threshold: float):
 
 
 def encode(mask: np.ndarray) -> dict:
-    """COCO's run lengths of a bool mask (H, W)."""
+    """COCO's run-length encoding of a bool mask (H, W)."""
     code = rle.encode(np.asfortranarray(mask, np.uint8))
     return dict(size=list(map(int, code['size'])), counts=code['counts'].decode())
 
 
 def results(result, meta: dict, image_id: int) -> list[dict]:
-    """A prediction as COCO's results; the ids are explained above."""
+    """A prediction as COCO results; the ids are explained above."""
     if 'pred_verts' in result:
         names = ('pred_xyz', 'pred_verts', 'pred_uv')
         return [dict(image_id=image_id, **{n[5:]: result.get(n).tolist() for n in names})]
@@ -234,7 +234,7 @@ def write_turntable(out: Path, known: dict, result) -> None:
 
 
 def progress_bar(total: int) -> Progress:
-    """A bar with the rate on stderr; of a single image, none."""
+    """A progress bar with the rate on stderr; none for a single image."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'))
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=total == 1)
@@ -248,7 +248,7 @@ def look(
     coco: bool,
     turntable: bool = False,
 ) -> int:
-    """Draw every image of ``source``; what is done by then is kept whatever ends it.
+    """Draw every image of ``source``; finished ones are kept if it is interrupted.
 
     Returns:
         The number of images that could not be used.
@@ -289,18 +289,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = launch.config_parser(description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = details
-    parser.add_argument('checkpoint', help='weights of any layout, or an exported file')
+    parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
     parser.add_argument('source', metavar='input', help='image, folder, video, or - for stdin')
     parser.add_argument('--out', required=True, help='folder for the pictures')
     parser.add_argument('--reparam', action='store_true', help='use the deploy form')
     parser.add_argument(
-        '--score-thr', type=float, default=0.3, help='least score of a box, 0 to 1 (0.3)'
+        '--score-thr', type=float, default=0.3, help='minimum score of a box, 0 to 1 (0.3)'
     )
-    parser.add_argument('--json', action='store_true', help="write COCO's formats beside them")
+    parser.add_argument('--json', action='store_true', help="also write COCO's JSON formats")
     parser.add_argument(
         '--turntable', action='store_true', help='of a hand mesh, a GIF that turns, beside each'
     )
-    parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda where there is one)')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
     args = parser.parse_args(argv)
 
     if not 0 <= args.score_thr <= 1:

@@ -1,9 +1,9 @@
-"""Plot what training logged: python tools/plot_log.py WORK_DIR [WORK_DIR ...] [--out FILE.png]
+"""Plot training logs: python tools/plot_log.py WORK_DIR [WORK_DIR ...] [--out FILE.png]
 
-Losses, learning rate and validation metrics over the iterations, as WORK_DIR/curves.png; with --out
-all the runs in one picture. Every time stamp of a work dir is read: a run that was resumed goes on
-where its checkpoint was, and a run that was started afresh replaces the earlier one. Curves of many
-points are smoothed; the values as logged stay behind them, pale.
+Plots losses, learning rate and validation metrics over the iterations to WORK_DIR/curves.png, or
+with --out all runs to one picture. All time stamps of a work dir are read: a resumed run continues
+from its checkpoint, and a run that started from scratch replaces the earlier one. Curves with many
+points are smoothed; the logged values are shown pale behind them.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from fastvit_mm import launch
 from fastvit_mm.errors import FastViTError
 
 Curves = dict[str, list[tuple[int, float]]]  # values over iterations, by name
-SMOOTH = 60  # points: a curve of more is smoothed, over a twentieth of its length
+SMOOTH = 60  # points: longer curves are smoothed over a twentieth of their length
 NOT_METRICS = ('time', 'data_time', 'step', 'iter', 'epoch', 'memory')
 
 
 def find_logs(work_dir: Path) -> list[Path]:
-    """mmengine's scalars of every time stamp, in order; also of one time stamp's own folder."""
+    """mmengine's scalars of all time stamps, in order; also from one time stamp's folder."""
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     logs += work_dir.glob('vis_data/scalars.json')
     if not logs:
@@ -40,7 +40,7 @@ def find_logs(work_dir: Path) -> list[Path]:
 
 
 def read(path: Path) -> Iterator[dict]:
-    """The lines of a log; one that a killed run left half written is reported and skipped."""
+    """The lines of a log; an incomplete one of a killed run is reported and skipped."""
     bad = 0
     with path.open(encoding='utf-8', errors='replace') as lines:
         for line in filter(str.strip, lines):
@@ -53,7 +53,7 @@ def read(path: Path) -> Iterator[dict]:
 
 
 def curves(work_dir: Path) -> Curves:
-    """All that a work dir's runs logged. Of two that overlap, the later one holds.
+    """Everything that a work dir's runs logged. If two overlap, the later one counts.
 
     Raises:
         FastViTError: there is no log, or nothing in it.
@@ -76,10 +76,10 @@ def curves(work_dir: Path) -> Curves:
         begin = min((points[0][0] for points in new.values()), default=math.inf)
         for name in dict.fromkeys((*joined, *new)):
             joined[name] = [one for one in joined[name] if one[0] < begin] + new[name]
-    # COCO gives -1 where there is nothing to measure.
+    # COCO gives -1 if there is nothing to measure.
     found = {n: p for n, p in joined.items() if p and any(value != -1 for _, value in p)}
     if not found:
-        raise FastViTError(f'the logs in {work_dir} hold nothing yet: train for longer')
+        raise FastViTError(f'the logs in {work_dir} contain nothing yet: train for longer')
     return found
 
 
@@ -87,14 +87,14 @@ def panels(runs: dict[str, Curves]) -> list[str]:
     """The names to plot: loss, its parts, learning rate, metrics."""
     names = list(dict.fromkeys(name for run in runs.values() for name in run))
     parts = [name for name in names if 'loss' in name and name != 'loss']
-    if len(parts) == 1 and 'loss' in names:  # the loss itself, once more
+    if len(parts) == 1 and 'loss' in names:  # the same as the loss
         names.remove(parts.pop())
     rank = {'loss': 0, 'lr': 2}
     return sorted(names, key=lambda name: rank.get(name, 1 if name in parts else 3))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of a twentieth of the curve around each point, of fewer at its ends."""
+    """The mean of a twentieth of the curve around each point, of fewer points at its ends."""
     window = np.ones(max(3, len(values) // 20))
     return np.convolve(values, window, 'same') / np.convolve(np.ones_like(values), window, 'same')
 
@@ -105,7 +105,7 @@ def style(index: int) -> dict:
 
 
 def draw(axis: Axes, name: str, runs: dict[str, Curves]) -> None:
-    """One quantity of all the runs that have it."""
+    """One quantity, for all runs that have it."""
     metric = name != 'lr' and 'loss' not in name
     for index, run in enumerate(runs.values()):
         if name not in run:
@@ -151,7 +151,7 @@ def plot(runs: dict[str, Curves], path: Path) -> None:
 
 
 def run_names(work_dirs: list[Path]) -> list[str]:
-    """The folders' names, or where two are alike their whole paths."""
+    """The folders' names, or their full paths if two names are equal."""
     names = [folder.resolve().name for folder in work_dirs]
     return names if len(set(names)) == len(names) else [str(folder) for folder in work_dirs]
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('work_dirs', metavar='WORK_DIR', nargs='+', type=Path)
-    parser.add_argument('--out', type=Path, help='one picture of all the runs: FILE.png')
+    parser.add_argument('--out', type=Path, help='FILE.png for one picture of all runs')
     args = parser.parse_args(argv)
 
     if args.out and args.out.suffix != '.png':

@@ -10,7 +10,7 @@ from fastvit_mm import launch
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.export import is_exported
 
-# How each package draws predictions: settings of its visualization hook.
+# Settings of each package's visualization hook, to draw predictions.
 DRAW = {
     'mmpretrain': lambda folder: dict(
         type='VisualizationHook', enable=True, interval=1, out_dir=folder
@@ -23,7 +23,7 @@ DRAW = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = launch.argument_parser('Test a checkpoint or an exported file.')
-    parser.add_argument('checkpoint', help='weights of any layout, or an exported file')
+    parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
     parser.add_argument('--reparam', action='store_true', help='test in the deploy form')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
     cfg = launch.load_config(args)
     if args.reparam and is_exported(args.checkpoint):
-        raise FastViTError('exported files have merged branches already: leave out --reparam')
+        raise FastViTError('exported files are already merged: leave out --reparam')
     if args.reparam:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]
     if args.show_dir:

@@ -20,7 +20,7 @@ def check_tensorboard() -> None:
 
 
 def log_to_tensorboard(cfg: Config) -> None:
-    """Let the visualizer write TensorBoard's event files too."""
+    """Make the visualizer also write TensorBoard's event files."""
     cfg.setdefault('visualizer', dict(type='Visualizer'))
     backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
     if all(one['type'] != 'TensorboardVisBackend' for one in backends):
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from FILE, or (auto) from the latest checkpoint in the work dir',
+        help='resume from FILE, or (auto) from the latest checkpoint in the work dir',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
     parser.add_argument(
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = launch.load_config(args)
     if args.amp:
         if not torch.cuda.is_available():
-            raise FastViTError('--amp needs a GPU and none was found: train without --amp')
+            raise FastViTError('--amp needs a GPU, but none was found: train without --amp')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.resume:

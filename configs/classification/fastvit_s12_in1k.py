@@ -1,5 +1,5 @@
 # torchrun --nproc-per-node 8 tools/train.py configs/classification/fastvit_s12_in1k.py --launcher pytorch --amp
-# Written for 8 GPUs of 128 images. The paper: 79.9 % top-1.
+# Written for 8 GPUs with 128 images each. The paper: 79.9 % top-1.
 _base_ = ['_base_/fastvit.py', '_base_/imagenet_256.py', '_base_/schedule_300e.py']
 model = dict(
     backbone=dict(arch='s12'),

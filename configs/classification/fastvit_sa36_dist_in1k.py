@@ -1,5 +1,5 @@
 # torchrun --nproc-per-node 8 tools/train.py configs/classification/fastvit_sa36_dist_in1k.py --launcher pytorch --amp
-# Written for 8 GPUs of 128 images. The paper: 84.2 % top-1, distilled from RegNetY-16GF.
+# Written for 8 GPUs with 128 images each. The paper: 84.2 % top-1, distilled from RegNetY-16GF.
 _base_ = 'fastvit_sa36_in1k.py'
 custom_imports = dict(imports=['fastvit_mm.models.distillation', 'fastvit_mm.transforms'])
 model = dict(

@@ -1,5 +1,5 @@
 # torchrun --nproc-per-node 8 tools/train.py configs/classification/fastvit_sa36_in1k.py --launcher pytorch --amp
-# Written for 8 GPUs of 128 images. The paper: 83.6 % top-1.
+# Written for 8 GPUs with 128 images each. The paper: 83.6 % top-1.
 _base_ = ['_base_/fastvit.py', '_base_/imagenet_256_crop95.py', '_base_/schedule_300e.py']
 model = dict(
     backbone=dict(arch='sa36', drop_path_rate=0.2),

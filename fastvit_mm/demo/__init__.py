@@ -1,4 +1,4 @@
-"""``--demo``: any config as a small run on generated scenes, with nothing downloaded."""
+"""``--demo``: a small run of any config on generated scenes, without downloads."""
 
 from .config import apply_demo
 from .scenes import make_data

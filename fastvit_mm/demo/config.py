@@ -1,4 +1,4 @@
-"""Any config's demo form: same model, losses, optimizer and metric, small enough for two cores."""
+"""The demo form of any config: same model, losses, optimizer and metric, sized for two cores."""
 
 from math import ceil, floor
 from pathlib import Path
@@ -7,24 +7,24 @@ from fastvit_mm.errors import FastViTError
 
 from .scenes import CLASSES, LAYOUTS, PALETTE, SCENE_CLASSES, make_data
 
-# What shrinks, by default_scope. `shrink`: every size in pixels is multiplied by it. `batch`,
-# `iters` and `lr` go together: so few iterations need larger steps than the config's schedule.
+# Settings by default_scope. `shrink`: factor of every size in pixels. `batch`, `iters` and `lr`
+# belong together: so few iterations need larger steps than the config's schedule.
 DEMOS = {
     'mmpretrain': dict(data='imagenet', shrink=1 / 4, batch=32, iters=420, lr=2e-3),  # 256 to 64
     'mmdet': dict(data='coco', shrink=0.08, batch=4, iters=800, lr=3e-4),  # short side 800 to 64
     'mmseg': dict(data='ade20k', shrink=1 / 8, batch=8, iters=340, lr=2e-3),  # 512 to 64
     'mmengine': dict(data='freihand', shrink=64 / 224, batch=16, iters=1600, lr=2e-3),  # 224 to 64
 }
-WARMUP = 0.05  # of the run, where the config warms up: in proportion it would be a few iterations
-MAX_ROIS = 16  # regions an image: the config's number counts on an area 150 times as large
-MAX_BOXES = 200  # proposals an image, for the same reason
+WARMUP = 0.05  # of the run, if the config warms up: in proportion it would be a few iterations
+MAX_ROIS = 16  # regions per image: the config's number is for an area 150 times as large
+MAX_BOXES = 200  # proposals per image, for the same reason
 
 
 def apply_demo(cfg, root='data/demo'):
-    """Turn `cfg`, an mmengine Config of any of the four tasks, into its demo form and return it.
+    """Turn `cfg`, an mmengine Config for any of the four tasks, into its demo form and return it.
 
-    Draws the data set that it needs under `root` unless that is there. Does nothing to a config
-    that has its demo form already, such as the one which a demo run leaves in its work folder.
+    Generates the data set it needs under `root` unless it exists. Leaves a config alone that
+    already has its demo form, such as the one that a demo run saves in its work folder.
     """
     scope = cfg.get('default_scope')
     if scope not in DEMOS:
@@ -56,7 +56,7 @@ def draw(root, name):
 
 
 def dicts(root):
-    """Every dict in a config, the root first, each object once though two keys may share it."""
+    """Every dict in a config, the root first; an object that two keys share comes once."""
     seen, todo = set(), [root]
     while todo:
         node = todo.pop()
@@ -74,7 +74,7 @@ def shrink_model(node, num_classes):
     """Heads for the demo's classes, no downloaded weights, no drop path, fewer regions."""
     if 'num_classes' in node:
         node['num_classes'] = num_classes
-    if 'drop_path_rate' in node:  # regularizes runs a hundred times as long
+    if 'drop_path_rate' in node:  # meant for runs a hundred times as long
         node['drop_path_rate'] = 0.0
     init = node.get('init_cfg')
     if init:
@@ -112,7 +112,7 @@ def soften_augmentation(node):
     if kind in ('RandomResizedCrop', 'FastRandomResizedCrop'):
         node['crop_ratio_range'] = (0.5, 1.0)  # a crop of 8 % shows too little of a shape
     elif kind == 'RandomResize':
-        node['ratio_range'] = (0.9, 1.1)  # at half its size a shape is a few pixels
+        node['ratio_range'] = (0.9, 1.1)  # at half its size, a shape is only a few pixels
     elif kind == 'PhotoMetricDistortion':
         mild = (0.8, 1.2)
         node.update(brightness_delta=16, contrast_range=mild, saturation_range=mild, hue_delta=9)
@@ -125,18 +125,18 @@ def soften_augmentation(node):
     elif kind == 'RandomChannelNoise':
         node['noise'] = 0.1
     elif kind in ('Mixup', 'CutMix'):
-        node['alpha'] = 0.05  # nearly all mixtures are then nearly one of the two images
+        node['alpha'] = 0.05  # most mixtures are then almost one of the two images
 
 
 def use_data(cfg, demo, folder):
-    """Point loaders and metrics at the demo data. They load in the main process: at this size,
-    starting workers costs more than they save."""
+    """Point loaders and metrics at the demo data. Loading runs in the main process: for so little
+    data, starting workers costs more than they save."""
     if demo['data'] == 'freihand':
         meta, layout = {}, {}
     elif demo['data'] == 'ade20k':
         folder /= 'ADEChallengeData2016'
         meta = dict(classes=SCENE_CLASSES, palette=list(PALETTE))
-        # ADE20KDataset admits subsets of its own 150 classes only; this is its base, set as it is.
+        # ADE20KDataset only accepts subsets of its 150 classes; its base class reads this layout.
         layout = dict(type='BaseSegDataset', reduce_zero_label=True)
         layout.update(img_suffix='.jpg', seg_map_suffix='.png')
     else:
@@ -157,7 +157,7 @@ def use_data(cfg, demo, folder):
 
 
 def retime(cfg, demo, images):
-    """Shrink the schedule in proportion, counted in iterations, with one validation at the end."""
+    """Shrink the schedule proportionally, in iterations, with one validation at the end."""
     loop, optimizer = cfg.train_cfg, cfg.optim_wrapper.optimizer
     by_epoch = 'max_epochs' in loop
     epoch = images / demo['batch']  # iterations
@@ -192,7 +192,7 @@ def retime(cfg, demo, images):
             one.eta_min *= faster
 
     wrapper = cfg.optim_wrapper
-    if wrapper.get('type') == 'AmpOptimWrapper':  # a processor has no fp16
+    if wrapper.get('type') == 'AmpOptimWrapper':  # no fp16 on CPUs
         wrapper.type = 'OptimWrapper'
         wrapper.pop('dtype', None)
         wrapper.pop('loss_scale', None)
@@ -203,6 +203,6 @@ def retime(cfg, demo, images):
     hooks = cfg.default_hooks
     hooks.checkpoint.interval = new_units
     hooks.logger.interval = max(1, new_total // 20)
-    if 'auto_scale_lr' in cfg:  # the rate above is for this batch
+    if 'auto_scale_lr' in cfg:  # the learning rate above is for this batch
         cfg.auto_scale_lr.base_batch_size = demo['batch']
-    cfg.env_cfg.cudnn_benchmark = False  # picks its algorithms by the clock
+    cfg.env_cfg.cudnn_benchmark = False  # its choice of algorithms depends on timing

@@ -1,7 +1,7 @@
 """Generated scenes of shapes, written in the layouts of ImageNet, COCO and ADE20K.
 
-The class is the shape alone. Every class takes its colours, textures, areas, rotations and places
-from the same distributions, so neither the colour nor the size of an object tells what it is.
+Only the shape defines the class. Colours, textures, areas, rotations and positions of all classes
+come from the same distributions, so neither the colour nor the size of an object gives it away.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from fastvit_mm.errors import FastViTError
 
-VERSION = 3  # raise it when the pictures change: older copies are then drawn again
+VERSION = 3  # increase it when the pictures change: older copies are then drawn again
 CLASSES = ('circle', 'cross', 'moon', 'star', 'triangle')  # sorted, as image folders are
 SCENE_CLASSES = ('background', *CLASSES)  # the classes of the annotation PNGs, 1 to 6 in the files
 PALETTE = (
@@ -26,35 +26,35 @@ PALETTE = (
     (180, 90, 220),
     (70, 190, 90),
 )
-# Images to train and to validate on, short side in pixels, objects an image, and the area of an
-# object as a part of the square of the short side.
+# Training and validation images, short side in pixels, objects per image, and the area of an
+# object as a fraction of the short side's square.
 LAYOUTS = {
     'imagenet': dict(images=(1500, 250), size=64, objects=(1, 1), area=(0.10, 0.25)),
     'coco': dict(images=(800, 100), size=64, objects=(1, 3), area=(0.08, 0.22)),
     'ade20k': dict(images=(1000, 60), size=64, objects=(1, 2), area=(0.12, 0.28)),
 }
 SPLITS = ('train', 'val')
-TILT = np.pi / 12  # the most that a shape leans to either side; any turn takes far longer to learn
-FINE = 4  # masks are drawn this many times finer than the image: smooth edges, exact polygons
+TILT = np.pi / 12  # maximum tilt to either side; arbitrary rotations take far longer to learn
+FINE = 4  # masks are drawn at this multiple of the resolution: smooth edges, exact polygons
 
 
 @dataclass
 class Instance:
     label: int  # index into CLASSES
-    mask: np.ndarray  # bool, FINE * height x FINE * width: the part that nothing covers
+    mask: np.ndarray  # bool, FINE * height x FINE * width: the visible part
 
 
 @dataclass
 class Scene:
     image: np.ndarray  # uint8, height x width x 3, RGB
     instances: list[Instance]  # later ones lie on top
-    clutter: np.ndarray  # bool, FINE * height x FINE * width: strokes that belong to no class
+    clutter: np.ndarray  # bool, FINE * height x FINE * width: strokes without a class
 
 
 @cache
 def outline(name):
-    """The polygon of a shape, K x 2, around the origin and with an area of 1."""
-    if name == 'cross':  # of 6 x 6, with arms 2 wide
+    """The polygon of a shape, K x 2, centred on the origin and with an area of 1."""
+    if name == 'cross':  # 6 x 6, with arms of width 2
         ends = (-1, 3), (1, 3), (1, 1), (3, 1), (3, -1), (1, -1)
         points = np.array([*ends, *[(-x, -y) for x, y in ends]], float)
     elif name == 'moon':  # half a circle and, inside it, half an ellipse
@@ -89,15 +89,15 @@ def texture(rng, height, width, colour, spread):
 
 
 def vivid(rng):
-    """A saturated colour of any hue: RGB, 0 to 255. Grounds are greyish, so objects stand out."""
+    """A saturated colour of any hue: RGB, 0 to 255. Backgrounds are greyish: objects stand out."""
     low, high = rng.uniform(0, 70), rng.uniform(170, 255)
     return rng.permutation([low, rng.uniform(low, high), high])
 
 
 def draw_scene(rng, height, width, labels, area):
-    """One scene with objects of these `labels`; one that finds no place is left out.
+    """A scene with objects of these `labels`, except those for which there is no room.
 
-    `area`: the least and greatest area of an object as a part of the square of the short side.
+    `area`: minimum and maximum area of an object as a fraction of the short side's square.
     """
     fine = (FINE * height, FINE * width)
     ground = rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
@@ -137,10 +137,10 @@ def draw_scene(rng, height, width, labels, area):
 
 
 def place(rng, points, fine, area):
-    """A bool mask of a shape leaned, stretched, scaled and moved at random, inside the image."""
+    """A bool mask of a shape, randomly tilted, stretched, scaled and placed inside the image."""
     height, width = fine
     turn, lean = rng.uniform(-TILT, TILT), rng.uniform(0, 2 * np.pi)
-    # Stretch along a random direction by up to 1.1; the area stays as it is.
+    # Stretch along a random direction by up to 1.1, keeping the area.
     axis = np.array([np.cos(lean), np.sin(lean)])
     stretch = rng.uniform(1, 1.1)
     shear = np.eye(2) / stretch + np.outer(axis, axis) * (stretch - 1 / stretch)
@@ -157,13 +157,13 @@ def place(rng, points, fine, area):
 
 
 def without_slivers(mask):
-    """A mask without its parts thinner than three fine pixels, which no polygon could hold."""
+    """A mask without parts thinner than three fine pixels, which no polygon could represent."""
     square = np.ones((3, 3), np.uint8)
     return cv2.morphologyEx(mask.view(np.uint8), cv2.MORPH_OPEN, square).astype(bool)
 
 
 def keeps_shape(left, before):
-    """Whether what is left of a covered object is most of it, in one piece and without a hole."""
+    """Whether most of a partly covered object is left, in one piece and without holes."""
     if left.sum() < 0.7 * before.sum():
         return False
     outer, holes = contours(left)
@@ -181,13 +181,13 @@ def contours(mask):
 
 
 def make_scenes(name, split, seed=0):
-    """Yield the scenes of one split of a layout, each drawn from a random stream of its own."""
+    """Yield the scenes of one split of a layout, each drawn from its own random stream."""
     spec = LAYOUTS[name]
     number, where = spec['images'][SPLITS.index(split)], list(LAYOUTS).index(name)
     for index in range(number):
         rng = np.random.default_rng([seed, where, SPLITS.index(split), index])
         count = rng.integers(spec['objects'][0], spec['objects'][1] + 1)
-        # The first class goes round, so that all are equally frequent.
+        # The first label cycles through the classes, so that all are equally frequent.
         labels = [index % len(CLASSES), *rng.integers(len(CLASSES), size=count - 1)]
         height = width = spec['size']
         if name != 'imagenet':  # sizes vary, as they do in COCO and ADE20K
@@ -215,8 +215,8 @@ def write_coco(root, seed):
             height, width = scene.image.shape[:2]
             images.append(dict(id=index + 1, file_name=name, height=height, width=width))
             for one in scene.instances:
-                # Dropping points moves the line by less than a quarter of a pixel. Then from the
-                # centres of the fine pixels to the image's pixels.
+                # Dropping points moves the line by less than a quarter of a pixel. Then convert
+                # centres of fine pixels to the image's pixels.
                 line = cv2.approxPolyDP(contours(one.mask)[0][0], 0.9, True)[:, 0]
                 line = (line + 0.5) / FINE
                 low, high = line.min(0), line.max(0)
@@ -245,7 +245,7 @@ def write_coco(root, seed):
 def write_ade20k(root, seed):
     """`ADEChallengeData2016/{images,annotations}/{training,validation}`, labels from 1, 0 = none.
 
-    Unlabelled are the strokes of clutter and the pixels that two classes share.
+    Strokes of clutter and pixels shared by two classes are unlabelled.
     """
     for split, folder in zip(SPLITS, ('training', 'validation'), strict=True):
         for index, scene in make_scenes('ade20k', split, seed):
@@ -277,7 +277,7 @@ def save(path, picture):
 
 
 def make_data(root='data/demo', names=tuple(LAYOUTS), seed=0):
-    """Draw the data sets `names` under `root` unless they are there already; return `root`."""
+    """Generate the data sets `names` under `root` unless they exist already; return `root`."""
     root = Path(root)
     for name in names:
         stamp = json.dumps(dict(version=VERSION, seed=seed, classes=CLASSES, **LAYOUTS[name]))

@@ -1,4 +1,4 @@
-"""Hooks for mmengine's runner: one file each, usable alone from any config."""
+"""Hooks for mmengine's runner, one per file; any config can use each on its own."""
 
 from .reparameterize import ReparameterizeHook
 from .sync_statistics import SyncStatisticsHook

@@ -18,7 +18,7 @@ from fastvit_mm.reparameterize import compare, network, reparameterize, unwrap
 
 
 def random_states():
-    """State of every generator that training draws from."""
+    """States of all random generators that training uses."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
@@ -34,7 +34,7 @@ def set_random_states(states) -> None:
 
 @contextmanager
 def one_outcome() -> Iterator[None]:
-    """What fails on one rank fails on all of them, which would wait for that one for ever.
+    """Make a failure on one rank fail all ranks, which would otherwise wait for it for ever.
 
     Raises:
         FastViTError: on the other ranks, with the message of the one that failed.
@@ -56,13 +56,13 @@ def one_outcome() -> Iterator[None]:
 class ReparameterizeHook(Hook):
     """Run every test in the deploy form; afterwards the runner has its own model back.
 
-    The test runs on a merged copy, so weights, optimizer, EMA and train/eval modes of the run
-    cannot be affected, and the random generators are put back where they were (a data loader
-    draws from them). Comes after EMAHook, so that the averaged weights are merged.
+    The test runs on a merged copy, so that it cannot affect the weights, optimizer, EMA and
+    train/eval modes of the run, and the states of the random generators are restored (data
+    loaders use them). The hook runs after EMAHook, so that the averaged weights are merged.
 
     Raises:
-        FastViTError: nothing to merge, or outputs that differ by more than rounding explains, on
-            any rank.
+        FastViTError: on any rank, there is nothing to merge, or the outputs differ by more than
+            rounding explains.
     """
 
     priority = 'VERY_LOW'
@@ -72,7 +72,7 @@ class ReparameterizeHook(Hook):
         self.states = None
 
     def before_run(self, runner: Runner) -> None:
-        self.restore(runner)  # a test that an exception ended never came to after_test_epoch
+        self.restore(runner)  # an exception in a test skips after_test_epoch
 
     before_train = before_val = before_run
 
@@ -117,7 +117,7 @@ class ReparameterizeHook(Hook):
 
     @staticmethod
     def probe(runner: Runner, model: nn.Module) -> Tensor:
-        """The first image of the test set, as the model sees it."""
+        """The first image of the test set, preprocessed for the model."""
         loader = runner.test_dataloader
         batch = loader.collate_fn([loader.dataset[0]])
         if isinstance(model, BaseTTAModel):  # the first of its augmentations

@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 @HOOKS.register_module()
 class SyncStatisticsHook(Hook):
     """Average the running statistics of every BatchNorm over all ranks, after each epoch of
-    training and before each validation; on one rank, do nothing.
+    training and before each validation; with a single rank, do nothing.
 
-    Every rank gathers the statistics of its own images. Without this hook each of them validates
-    with its own, and the checkpoint holds rank 0's. The averaged weights of an EMAHook, which are
-    validated and saved in place of the others, get theirs averaged too: mmengine's
-    SyncBuffersHook leaves them out.
+    Every rank collects the statistics of its own images. Without this hook each validates with
+    its own, and the checkpoint contains rank 0's. The statistics of an EMAHook's averaged model,
+    which is validated and saved in place of the trained one, are averaged as well: mmengine's
+    SyncBuffersHook skips them.
     """
 
     priority = 'NORMAL'  # before the checkpoint is written

@@ -1,4 +1,4 @@
-"""The variants, and what makes a variant."""
+"""The variants and their settings."""
 
 from itertools import pairwise
 from numbers import Real
@@ -36,7 +36,7 @@ def parse_arch(arch: str | dict) -> dict:
     each) and optionally ``ffn_ratio``, ``attention`` and ``layer_scale``.
 
     Raises:
-        FastViTError: an unknown name or key, a missing key, or values that make no network.
+        FastViTError: an unknown name or key, a missing key, or invalid values.
     """
     if isinstance(arch, str):
         if arch not in ARCHS:
@@ -48,7 +48,7 @@ def parse_arch(arch: str | dict) -> dict:
     unknown, missing = set(arch) - set(known), {'depths', 'widths'} - set(arch)
     if unknown or missing:
         raise FastViTError(
-            f'arch as a dict takes {", ".join(known)}; '
+            f'an arch dict takes {", ".join(known)}; '
             f'unknown: {sorted(unknown) or "none"}, missing: {sorted(missing) or "none"}'
         )
     settings = {**ARCH_DEFAULTS, **arch}
@@ -64,10 +64,12 @@ def parse_arch(arch: str | dict) -> dict:
             raise FastViTError(f'arch: {key} needs a positive number, got {value!r}')
     for before, width in pairwise(settings['widths']):
         if width % before:
-            raise FastViTError(f'arch: width {width} is not a multiple of {before}, the one before')
+            raise FastViTError(
+                f'arch: width {width} is not a multiple of the previous one, {before}'
+            )
     for width, attends in zip(settings['widths'], settings['attention'], strict=True):
         if attends and width % HEAD_WIDTH:
             raise FastViTError(
-                f'arch: width {width} is not a multiple of {HEAD_WIDTH} for attention'
+                f'arch: width {width} is not a multiple of {HEAD_WIDTH}, as attention needs'
             )
     return settings

@@ -1,8 +1,8 @@
-"""The deploy form: what :meth:`FastViT.switch_to_deploy` puts in place of the blocks that train.
+"""The deploy form: modules that :meth:`FastViT.switch_to_deploy` puts in place of training blocks.
 
-Each module is a few of PyTorch's layers and their plain sum; a training form's
-``deployed()`` makes it from merged weights. On a CPU and without gradients :mod:`.onednn` computes
-the same in fewer passes, unless somebody looks at the layers (:mod:`.ordinary`).
+Each module consists of a few PyTorch layers and plain sums; ``deployed()`` of a training block
+creates it from merged weights. On a CPU and without gradients, :mod:`.onednn` computes the same in
+fewer passes, unless something observes or changes the layers (:mod:`.ordinary`).
 """
 
 import math
@@ -17,13 +17,13 @@ from .archs import HEAD_WIDTH
 from .onednn import Rearranged
 from .ordinary import DeployWeight, transformed, untouched
 
-#: What is between two layers is cut into strips of the latter size from the former on, in bytes.
-#: Below that, memory is recycled (onednn.recycle_memory).
+#: A tensor between two layers of more than LARGE bytes is computed in strips of STRIP bytes.
+#: Below that size, memory is recycled (onednn.recycle_memory).
 LARGE, STRIP = onednn.RECYCLED, 8 << 20
 
 
 def deployed(module: nn.Module) -> nn.Module:
-    """The deploy form of ``module``, which takes over its layers; ``module`` if it has none."""
+    """The deploy form of ``module``, which reuses its layers; ``module`` itself if it has none."""
     if not hasattr(module, 'deployed'):
         return module
     made = module.deployed().train(module.training)
@@ -34,10 +34,10 @@ def deployed(module: nn.Module) -> nn.Module:
 
 
 def deploy_parts(network: nn.Module, wanted=lambda name, part: True, prefix: str = '') -> None:
-    """Put the deploy form in place of the parts of ``network`` that have one.
+    """Replace the parts of ``network`` that have a deploy form by it.
 
     Args:
-        wanted: whether to do so with a part, given its name within ``network``.
+        wanted: whether to replace a part, given its name within ``network`` and the part.
     """
     for name, child in network.named_children():
         if hasattr(child, 'deployed') and wanted(prefix + name, child):
@@ -52,7 +52,7 @@ def replaces_gelu(act: nn.Module) -> bool:
 
 
 class Deployed(nn.Module):
-    """Keeps rearranged weights of its layers, which a change of mode forgets."""
+    """Keeps rearranged weights of its layers until the mode (train or eval) changes."""
 
     def __init__(self):
         super().__init__()
@@ -67,13 +67,13 @@ class Deployed(nn.Module):
         return super().train(mode)
 
     def forget(self) -> None:
-        """Make rearranged weights anew; for edits that bypass PyTorch, as through numpy."""
+        """Discard rearranged weights; call it after edits that bypass PyTorch, such as numpy's."""
         self.rearranged.clear()
 
 
 class DeployConv(Deployed):
-    """All branches in one convolution, then SE if any, then the activation: (B, C, H, W) to
-    (B, C', H', W')."""
+    """All branches in one convolution, then SE, if there is one, then the activation:
+    (B, C, H, W) to (B, C', H', W')."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module | None = None, se: nn.Module | None = None):
         super().__init__()
@@ -103,7 +103,7 @@ class DeployFFN(Deployed):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if (
-            not self.training  # where drop path may come between
+            not self.training  # drop path is active in training
             and onednn.takes(y, self.fc1, self.fc2)
             and replaces_gelu(self.act)
             and untouched(self.drop_path, type(self.drop_path))
@@ -114,8 +114,8 @@ class DeployFFN(Deployed):
     def pointwise_twice(self, y: Tensor, x: Tensor) -> Tensor:
         """``x + fc2(gelu(fc1(y)))``.
 
-        Between them lies three or four times x. Where that is large, fc1 and fc2 are called for
-        parts of it, which stay in the cache: 1.1 to 1.2 x as fast a backbone on 800 x 1216 pixels.
+        The hidden tensor is three or four times as large as x. If it is very large, fc1 and fc2 run
+        on strips that fit in the cache: the backbone is 1.1 to 1.2 x as fast at 800 x 1216 pixels.
         """
         first = self.fc1, self.weight_of('fc1')
         second = self.fc2, self.weight_of('fc2')
@@ -132,7 +132,7 @@ class DeployFFN(Deployed):
 
 
 def strips(shape: torch.Size, pixel: int) -> tuple[int, int] | None:
-    """How many images, and rows of them, to compute at a time of ``shape``, (B, C, H, W), where
+    """How many images, and rows of them, to compute at a time for ``shape``, (B, C, H, W), if
     each pixel takes ``pixel`` bytes; None for all at once."""
     images, _, rows, columns = shape
     image = rows * columns * pixel
@@ -144,11 +144,11 @@ def strips(shape: torch.Size, pixel: int) -> tuple[int, int] | None:
 class DeployStem(nn.Sequential):
     """Three convolutions, each with its activation: (B, C, H, W) to (B, C', H/4, W/4).
 
-    Between the first, which is dense, and the second one lies four times the output. Where that is
-    large, the stem is called for strips of the image.
+    The tensor between the first, dense convolution and the second is four times as large as the
+    output. If it is very large, the stem runs on strips of the image.
     """
 
-    #: rows of the image above a strip that its first rows depend on, and rows of output they give
+    #: rows of the image above a strip that its first rows depend on, and output rows they produce
     MARGIN, EXTRA = 4, 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class DeployAttention(Deployed):
 
 
 def attend(qkv: Tensor, scale: float) -> Tensor:
-    """Softmax attention in heads of 32: (B, N, 3C), q, k and v beside each other, to (B, N, C)."""
+    """Softmax attention with heads of 32: (B, N, 3C), q, k and v concatenated, to (B, N, C)."""
     B, N, C = qkv.shape
     q, k, v = qkv.view(B, N, 3, -1, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)  # B, heads, N, 32
     if not torch.compiler.is_compiling() and transformed():  # the fused one has no forward AD

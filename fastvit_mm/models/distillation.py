@@ -1,6 +1,6 @@
 """Hard distillation: the teacher's top class is a second label (Touvron et al., 2021).
 
-A module of its own, because it needs mmpretrain: configs name it in ``custom_imports``.
+This is a separate module because it needs mmpretrain: configs list it in ``custom_imports``.
 """
 
 import torch
@@ -14,7 +14,7 @@ from fastvit_mm.errors import FastViTError, one_line
 
 
 class Frozen:
-    """Holds a module out of sight: not in ``parameters()``, ``state_dict()`` or copies for EMA."""
+    """Hides a module from ``parameters()``, ``state_dict()`` and copies for EMA."""
 
     def __init__(self, module: nn.Module):
         self.module = module.eval().requires_grad_(False)
@@ -28,12 +28,12 @@ class DistilledImageClassifier(ImageClassifier):
     """mmpretrain's ImageClassifier with a teacher: 0.5 * its own loss + 0.5 * cross-entropy
     with the argmax of the teacher's logits on the same augmented images.
 
-    The teacher never trains, stays in eval mode, and is in neither checkpoint nor optimizer, so
-    that a checkpoint is one of the plain classifier.
+    The teacher is never trained, stays in eval mode, and is neither in the checkpoint nor in the
+    optimizer, so that checkpoints are those of the plain classifier.
 
     Args:
-        teacher: config of a classifier of the same classes and normalization; None to test only.
-        weight: of the teacher's loss, in [0, 1]; the other one has the rest.
+        teacher: config of a classifier with the same classes and normalization; None only to test.
+        weight: weight of the teacher's loss, in [0, 1]; the classifier's own loss has the rest.
 
     Raises:
         FastViTError: the teacher cannot be built, or there is none in training.
@@ -52,13 +52,13 @@ class DistilledImageClassifier(ImageClassifier):
                 name = teacher.get('model_name', teacher['type'])
                 raise FastViTError(
                     f'the teacher {name} cannot be built ({one_line(error)}): it needs timm, and '
-                    'its weights from the network or in the cache of huggingface_hub'
+                    "its weights from the internet or huggingface_hub's cache"
                 ) from error
             self.teacher = Frozen(module)
 
     @torch.no_grad()
     def teach(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The teacher's class for each of (B, 3, H, W) images, (B,)."""
+        """The teacher's class, (B,), for each image of (B, 3, H, W)."""
         if self.teacher is None:
             raise FastViTError('distillation needs a teacher: set model.teacher')
         module = self.teacher.module

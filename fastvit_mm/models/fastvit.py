@@ -1,8 +1,8 @@
 """FastViT (Vasu et al., ICCV 2023, https://arxiv.org/abs/2303.14189).
 
-Read from the bottom: :class:`FastViT` stacks a stem and four stages of blocks. This is the training
-form; :mod:`.deploy` has what runs afterwards. A variant is a row of :data:`.archs.ARCHS`. Parameter
-names are timm's, so that timm's weights load as they are.
+Read it from the bottom: :class:`FastViT` stacks a stem and four stages of blocks. This is the
+training form; :mod:`.deploy` has the modules for inference. A variant is a row of
+:data:`.archs.ARCHS`. Parameter names are timm's, so that timm's weights load without conversion.
 """
 
 from collections import OrderedDict
@@ -69,8 +69,8 @@ class Stem(nn.Sequential):
 
 
 class RepMixer(RepConv):
-    """Token mixer x + gamma * (mixer(x) - norm(x)), (B, C, H, W); one depthwise 3x3 when deployed
-    (section 3.1)."""
+    """Token mixer x + gamma * (mixer(x) - norm(x)), (B, C, H, W); a single depthwise 3x3 when
+    deployed (section 3.1)."""
 
     def __init__(self, dim, layer_scale, *, norm_cfg):
         super().__init__(dim, dim, 3, groups=dim)
@@ -89,7 +89,7 @@ class RepMixer(RepConv):
 
 
 class LargeKernelConv(RepConv):
-    """Strided 7x7 beside 3x3, (B, C, H, W) to (B, C', H/2, W/2), no activation (section 3.2.2)."""
+    """Strided 7x7 plus 3x3, (B, C, H, W) to (B, C', H/2, W/2), no activation (section 3.2.2)."""
 
     def __init__(self, in_channels, out_channels, *, norm_cfg):
         args = dict(stride=2, groups=in_channels)
@@ -182,7 +182,7 @@ class Block(nn.Module):
 
 
 def scaled(layer: nn.Conv2d | nn.Linear, layer_scale: LayerScale) -> nn.Module:
-    """``layer`` with the layer scale that follows it in its weight and bias, in place."""
+    """``layer`` with the following layer scale merged into its weight and bias, in place."""
     gamma = exact(layer_scale.gamma).flatten()
     weight = exact(layer.weight)
     return refill(
@@ -232,7 +232,7 @@ class AttentionBlock(Block):
         return self.feed_forward(x)
 
     def deployed_mixer(self) -> nn.Module:
-        """The norm, which precedes, and the softmax scale go into qkv."""
+        """The preceding norm and the softmax scale go into qkv."""
         attention = self.token_mixer
         scale, shift = bn_affine(self.norm)
         weight = exact(attention.qkv.weight)
@@ -249,7 +249,7 @@ class AttentionBlock(Block):
 
 
 class Stage(nn.Module):
-    """Halve the resolution (not in stage 1), encode positions (attention only), then the blocks.
+    """Halve the resolution (not in stage 1), encode positions (attention only), apply the blocks.
 
     (B, C, H, W) to (B, C', H', W').
     """
@@ -287,8 +287,8 @@ class Stage(nn.Module):
 
 
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)``, of which the backward pass computes the inside again."""
-    if torch.compiler.is_compiling():  # a compiled graph counts a batch once by itself
+    """``block(x)``, recomputed in the backward pass instead of keeping its activations."""
+    if torch.compiler.is_compiling():  # a compiled graph does not count a batch twice
         return checkpoint(block, x, use_reentrant=False)
     contexts = lambda: (nullcontext(), frozen_statistics(block))  # noqa: E731
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
@@ -296,7 +296,7 @@ def recomputed(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def frozen_statistics(module: nn.Module):
-    """Normalize by the batch without counting it: a recomputed batch must not count twice."""
+    """Normalize by the batch, but do not update running statistics: it was counted before."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for norm in norms:
@@ -311,7 +311,7 @@ def frozen_statistics(module: nn.Module):
 
 @torch.fx.wrap  # tracers record it as one step
 def checked(x: Tensor, training: bool) -> Tensor:
-    """``x``, if it is large enough; on a CPU in the layout that trains in less time."""
+    """``x``, if it is large enough; in training on a CPU, in the layout that is faster."""
     height, width = x.shape[-2:]
     if min(height, width) < MIN_SIZE:
         raise FastViTError(
@@ -326,29 +326,29 @@ class FastViT(BaseModule):
     """FastViT as an OpenMMLab backbone: (B, in_channels, H, W) to a tuple of stage outputs.
 
     Output i of ``out_indices`` is (B, widths[i], H / (4 * 2**i), W / (4 * 2**i)), rounded up, from
-    the end of stage i. Input of any size from 32 up, RGB, normalized with ImageNet's statistics.
-    Stages behind the last of ``out_indices`` are not built.
+    the end of stage i. Input: RGB, any size from 32 up, normalized with ImageNet's statistics.
+    Stages after the last of ``out_indices`` are not built.
 
     Args:
         arch: t8, t12, s12, sa12, sa24, sa36, ma36, or a dict of settings (:func:`parse_arch`).
         in_channels: channels of the input.
-        out_indices: stages to give, from 0 to 3.
-        feature_norm: a BatchNorm on every output (``norm0`` to ``norm3``), as for dense prediction.
-        drop_path_rate: of the last block, in [0, 1); grows linearly from 0 over all blocks.
+        out_indices: stages whose outputs are returned, from 0 to 3.
+        feature_norm: add a BatchNorm to every output (``norm0`` to ``norm3``), as dense prediction
+            needs.
+        drop_path_rate: rate of the last block, in [0, 1); grows linearly from 0 over all blocks.
         frozen_stages: -1 for none, 0 freezes the stem, i also the stages 0 to i - 1; at most 4.
         norm_eval: keep every BatchNorm in eval mode during training.
         with_cp: recompute the blocks in the backward pass, to save memory.
         deploy: build the deploy form (see :meth:`switch_to_deploy`).
         fused_training: train on the CPU with fewer passes over the activations, in less time and
-            memory; the same numbers but for rounding.
+            memory; same results up to rounding.
         norm_cfg: BN or SyncBN.
-        act_cfg: activation everywhere.
-        init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint=...)`` reads the authors',
-            timm's and OpenMMLab's files, strictly.
+        act_cfg: activation of all blocks.
+        init_cfg: as in OpenMMLab; ``dict(type='Pretrained', checkpoint=...)`` reads files of the
+            authors, timm and OpenMMLab, strictly.
 
     Raises:
-        FastViTError: an unknown ``arch``, ``out_indices`` or ``frozen_stages`` out of range, an
-            input smaller than 32.
+        FastViTError: an invalid argument, or an input smaller than 32 x 32.
     """
 
     def __init__(
@@ -374,7 +374,7 @@ class FastViT(BaseModule):
         if not out_indices or not all(type(i) is int and i in range(4) for i in out_indices):
             raise FastViTError(f'out_indices {out_indices} out of range: choose from 0, 1, 2, 3')
         if any(i >= j for i, j in pairwise(out_indices)):
-            raise FastViTError(f'out_indices {out_indices}: give each stage once, in their order')
+            raise FastViTError(f'out_indices {out_indices}: give each stage once, in order')
         if type(frozen_stages) is not int or frozen_stages not in range(-1, 5):
             raise FastViTError(f'frozen_stages {frozen_stages} out of range: choose from -1 to 4')
         if type(in_channels) is not int or in_channels < 1:
@@ -448,20 +448,20 @@ class FastViT(BaseModule):
     def switch_to_deploy(self) -> None:
         """Merge every branch, BatchNorm and scale into its neighbouring weights, in place.
 
-        Exact algebra on the running statistics; any dtype and device; harmless when done twice.
+        Exact algebra on the running statistics; any dtype and device; calling it twice is harmless.
         ``feature_norm`` stays: it follows a residual sum whose terms are also used without it.
-        The modules of :mod:`.deploy` take the place of those that train; on a CPU they keep a
-        rearranged copy of the weights beside them.
+        Modules of :mod:`.deploy` replace those of the training form; on a CPU they keep rearranged
+        copies of the weights.
         """
         deploy_parts(self)
         self.freeze()
 
     def training_form(self) -> 'FastViT':
-        """A fresh network of the same shape with all its branches and without output norms."""
+        """A new network of the same shape with all branches and without output norms."""
         return FastViT(**self.network)
 
     def freeze(self) -> None:
-        """Stop gradients and statistics of the ``frozen_stages``."""
+        """Disable gradients and statistics updates of the ``frozen_stages``."""
         frozen = [self.stem, *self.stages][: self.frozen_stages + 1]
         for module in frozen:
             module.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The part of FastViT's classifier that lies between backbone and linear layer."""
+"""The part of FastViT's classifier between the backbone and the linear layer."""
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -14,7 +14,7 @@ from .rep_conv import MobileOneBlock
 class FastViTNeck(BaseModule):
     """Depthwise 3x3 MobileOne block with squeeze-and-excite, then global average pooling.
 
-    Takes the last of a tuple of (B, in_channels, H, W) and gives a tuple of one
+    Takes the last of a tuple of (B, in_channels, H, W) and returns a tuple with one
     (B, out_channels), for a linear head (section 3.2; SE reduction 1/16).
 
     Args:
@@ -57,9 +57,9 @@ class FastViTNeck(BaseModule):
         return (F.adaptive_avg_pool2d(x, 1).flatten(1),)
 
     def training_form(self) -> 'FastViTNeck':
-        """A fresh neck of the same shape with all its branches."""
+        """A new neck of the same shape with all branches."""
         return FastViTNeck(**self.network)
 
     def switch_to_deploy(self) -> None:
-        """Merge the block's branches in place; harmless when done twice."""
+        """Merge the block's branches in place; calling it twice is harmless."""
         deploy_parts(self)

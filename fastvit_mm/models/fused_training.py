@@ -1,13 +1,13 @@
-"""The training form's arithmetic on a CPU in fewer passes over the activations.
+"""The training form on a CPU, computed in fewer passes over the activations.
 
-The results are the plain forward pass's but for rounding. A BatchNorm needs two numbers per channel
-of its input. Once they are known it is a per-channel affine, which adds up with its neighbours or
-goes into the weights beside it, as in the deploy form; only the gradient through the statistics
-still needs the activations. Beside timm's, a training step of T8, S12 and SA12 (256 x 256, batch 8)
-takes 0.6 to 0.75 of the time and keeps 0.6 of the bytes.
+The results equal those of the plain forward pass up to rounding. A BatchNorm needs two numbers per
+channel of its input. Once they are known, it is a per-channel affine map, which can be added to its
+neighbours or merged into adjacent weights, as in the deploy form; only the gradient through the
+statistics still needs the activations. Compared with timm, a training step of T8, S12 and SA12
+(256 x 256, batch 8) takes 0.6 to 0.75 of the time and keeps 0.6 of the bytes.
 
 :func:`accelerated` puts one of the functions here in place of a block's plain forward pass and
-decides, once per block and step, which of both runs.
+decides, once per block and step, which of the two runs.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,10 +27,10 @@ LAYERS = nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Identity, nn.ModuleList
 
 
 def accelerated(fast: Callable, over: Callable = nn.Module.children) -> Callable:
-    """Decorates a method ``forward(block, x)``: ``fast(block, x)`` runs in its place where it may.
+    """Decorates a method ``forward(block, x)``: if allowed, ``fast(block, x)`` runs in its place.
 
     Args:
-        over: gives the modules that ``fast`` computes without calling them.
+        over: returns the modules that ``fast`` computes without calling them.
     """
 
     def decorate(plain):
@@ -46,9 +46,9 @@ def accelerated(fast: Callable, over: Callable = nn.Module.children) -> Callable
 def may_replace(block: nn.Module, x: Tensor, over: Callable) -> bool:
     """Whether a function here may compute the modules ``over(block)``.
 
-    Elsewhere their own code runs: under a compiler, which does its own fusing; on a GPU; in eval
-    mode; where somebody looks at a layer or has changed it; with SyncBatchNorm, which gathers
-    statistics; and where one position is left, which is BatchNorm's error.
+    Otherwise their own code runs: under a compiler, which does its own fusing; on a GPU; in eval
+    mode; if a layer is observed or was changed; with SyncBatchNorm, which gathers statistics; and
+    with a single position per channel, for which BatchNorm raises an error.
     """
     return (
         ordinary(x)  # first, as a compiler looks no further
@@ -73,14 +73,14 @@ def replaceable(module: nn.Module) -> bool:
 
 
 def set_fused(network: nn.Module, fused: bool) -> None:
-    """Let the blocks of ``network`` run by this module, or by their plain forward passes alone."""
+    """Let this module compute the blocks of ``network``, or only their plain forward passes."""
     for module in network.modules():
         if hasattr(module, 'fused'):
             module.fused = fused
 
 
 class Term(NamedTuple):
-    """``factor * norm(scale * x)``, one summand of :func:`normalized_sum`.
+    """``factor * norm(scale * x)``, a term of :func:`normalized_sum`.
 
     ``x`` is (B, C, H, W); ``factor`` and ``scale`` are (C,), or None for 1.
     """
@@ -92,7 +92,7 @@ class Term(NamedTuple):
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """Precision of a convolution of ``x``, here and now."""
+    """The dtype in which a convolution of ``x`` is currently computed."""
     return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
 
 
@@ -101,7 +101,7 @@ def per_channel(values: Tensor) -> Tensor:
 
 
 def exact_dtype(x: Tensor) -> torch.dtype:
-    """Statistics of half precision are float32's, as in BatchNorm."""
+    """Statistics of half-precision tensors are computed in float32, as in BatchNorm."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -115,7 +115,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Put a batch's moments over ``count`` positions into the running statistics of ``norm``."""
+    """Update the running statistics of ``norm`` with a batch's moments over ``count`` positions."""
     if norm.running_mean is None:
         return
     norm.num_batches_tracked.add_(1)
@@ -127,13 +127,13 @@ def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> 
 
 
 class HandWritten(Function):
-    """A function whose gradient is written by hand; the gradient of that gradient goes through
-    ``plain``, the same function of the same arguments in PyTorch's own operators."""
+    """A function with a hand-written gradient; second derivatives go through ``plain``, the same
+    function of the same arguments in PyTorch's own operators."""
 
     @staticmethod
     def gradients(ctx, plain: Callable, inputs: Iterable, dy: Tensor) -> list[Tensor | None]:
-        """Differentiable gradients of ``plain(*inputs)``, None where none is needed."""
-        # Views, since an input may have been computed from another one.
+        """Differentiable gradients of ``plain(*inputs)``, None for those not needed."""
+        # Views, because one input may have been computed from another.
         inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
         found = iter(torch.autograd.grad(plain(*inputs), wanted, dy, create_graph=True))
@@ -147,7 +147,7 @@ class NormalizedSum(HandWritten):
 
         normalize(s x) = s r (x - m)
 
-    so that all k over one x add up to one factor a = sum_k g s r of x - m. The loss L sends
+    so all k that share an x add up to one factor of x - m, a = sum_k g s r. Let L be the loss and
     dy = dL/dy. With n = B H W and S = sum dy (x - m):
 
         dL/dg     = s r S
@@ -157,8 +157,8 @@ class NormalizedSum(HandWritten):
         dL/dshift = sum dy
 
     Inputs: ``owners`` (K,): the index of each k's x; ``skip``: add the first x itself; ``dtype`` of
-    the output; eps (K, 1), scales s (K, C), gains g (K, C), shift (C,), xs (B, C, H, W) each. Gives
-    the output and the means and variances (T, C) of all T xs.
+    the output; eps (K, 1), scales s (K, C), gains g (K, C), shift (C,), xs (B, C, H, W) each.
+    Returns the output and the means and variances (T, C) of all T xs.
     """
 
     @staticmethod
@@ -209,7 +209,7 @@ class NormalizedSum(HandWritten):
 
 
 def with_skip(a: Tensor, skip: bool) -> Tensor:
-    """Factors (T, C, 1, 1) of the xs, of which the first may also come unnormalized."""
+    """Factors (T, C, 1, 1) of the xs; ``skip`` also adds the first one unnormalized."""
     a = a.clone()
     a[0] += skip
     return a[..., None, None]
@@ -224,7 +224,7 @@ def sums_with(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalized_sum(terms: list[Term], skip: bool, dtype: torch.dtype) -> Tensor:
-    """Sum of ``terms``, plus the first one's x if ``skip``; counts the batch in their norms."""
+    """Sum of ``terms``, plus the first one's x if ``skip``; updates their norms' statistics."""
     xs = list({id(term.x): term.x for term in terms}.values())
     owners = [next(i for i, x in enumerate(xs) if x is term.x) for term in terms]
     one = torch.ones(xs[0].shape[1], dtype=exact_dtype(xs[0]))
@@ -248,10 +248,10 @@ def normalized_sum(terms: list[Term], skip: bool, dtype: torch.dtype) -> Tensor:
 
 
 class DepthwiseConv(HandWritten):
-    """Depthwise convolution of (B, C, H, W), padded by half of its (C, 1, k, k) kernel.
+    """Depthwise convolution of (B, C, H, W), padded by half the size of its (C, 1, k, k) kernel.
 
-    PyTorch's CPU library (oneDNN) has a fast weight gradient up to three columns wide and is 20
-    times slower beyond that, so the kernel's columns go three at a time.
+    PyTorch's CPU library (oneDNN) computes weight gradients fast for kernels of up to three columns
+    and 20 times slower beyond that, so the kernel's columns are processed three at a time.
     """
 
     @staticmethod
@@ -285,7 +285,7 @@ class DepthwiseConv(HandWritten):
             reach = (dy.shape[-1] - 1) * stride
             columns = []
             start = 0
-            for part in weight.tensor_split(-(-k // 3), dim=3):  # a single column is slow, too
+            for part in weight.tensor_split(-(-k // 3), dim=3):  # a single column is slow as well
                 stop = start + part.shape[3]
                 seen = padded[..., start : reach + stop]
                 columns.append(gradients(seen, part, 0, [False, True, False])[1])
@@ -295,10 +295,10 @@ class DepthwiseConv(HandWritten):
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``conv(x)``, with faster gradients if it has a group for each channel of x.
+    """``conv(x)``, with faster gradients if it has one group per channel of x.
 
-    m outputs per channel come from m depthwise convolutions: oneDNN has no fast kernel for what is
-    neither depthwise nor dense.
+    m outputs per channel are computed by m depthwise convolutions: oneDNN has no fast kernel for a
+    convolution that is neither depthwise nor dense.
     """
     if conv.groups == 1 or conv.groups < conv.in_channels:
         return conv(x)
@@ -319,14 +319,14 @@ class FeedForward(HandWritten):
     """BatchNorm, pointwise, GELU, pointwise: (B, C, H, W) to (B, O, H, W).
 
     With the mean m and the variance v of z over B, H and W, r = (v + eps)^(-1/2), and the
-    BatchNorm's gain g and shift t, the normalized z is n = s z + o with s = g r and o = t - s m, so
-    that the BatchNorm goes into the first convolution:
+    BatchNorm's gain g and shift t, the normalized z is n = s z + o with s = g r and o = t - s m,
+    so the BatchNorm can be merged into the first convolution:
 
         h = W1 n + b1 = (W1 diag(s)) z + (W1 o + b1),    y = W2 gelu(h) + b2
 
-    The GELU is computed once more in the backward pass, so that only z and h are kept. From
-    dh = gelu'(h) * W2' dy come dn = W1' dh, from which BatchNorm's own backward pass gives the
-    gradients of z, g and t, and
+    The GELU is recomputed in the backward pass, so that only z and h are kept. With
+    dh = gelu'(h) * W2' dy, BatchNorm's own backward pass computes the gradients of z, g and t from
+    dn = W1' dh, and
 
         dL/dW1 = sum dh n' = (sum dh z') diag(s) + (sum dh) o'
     """
@@ -369,7 +369,7 @@ class FeedForward(HandWritten):
 
 
 def pointwise_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias of a 1x1 convolution, the last two in weight's dtype."""
+    """Gradients of input, weight and bias of a 1x1 convolution, the last two in its dtype."""
     sizes = [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True] * 3
     x = x.to(dy.dtype)
     dx, dw, db = aten.convolution_backward(dy, x, weight.to(dy.dtype), *sizes)
@@ -377,7 +377,7 @@ def pointwise_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 
 def feed_forward(z: Tensor, norm: nn.BatchNorm2d, fc1: nn.Conv2d, w2: Tensor, b2: Tensor) -> Tensor:
-    """``norm``, ``fc1``, GELU and a pointwise convolution by ``w2`` and ``b2``."""
+    """``norm``, ``fc1``, GELU and a pointwise convolution with ``w2`` and ``b2``."""
     one = torch.ones_like(fc1.bias[: z.shape[1]])
     gain, shift = (one, 0 * one) if norm.weight is None else (norm.weight, norm.bias)
     out, mean, var = FeedForward.apply(z, norm.eps, gain, shift, fc1.weight, fc1.bias, w2, b2)
@@ -388,8 +388,8 @@ def feed_forward(z: Tensor, norm: nn.BatchNorm2d, fc1: nn.Conv2d, w2: Tensor, b2
 def patch_sum(x: Tensor, convs: list[tuple[Tensor, nn.BatchNorm2d]], k: int, stride: int) -> Tensor:
     """Sum of ``norm(conv(x))`` over dense convolutions, (B, I, H, W) to (B, O, H', W').
 
-    A patch of x has D = I k k values, and their covariance gives the statistics of any linear map
-    of them. So where D is below O the branches merge before the convolution instead of after it.
+    A patch of x has D = I k k values, and their covariance determines the statistics of any linear
+    map of them. So if D is below O, the branches are merged before the convolution, not after it.
 
     Args:
         convs: weight, (O, I, k, k) or smaller, and norm of each branch.
@@ -411,7 +411,7 @@ def patch_sum(x: Tensor, convs: list[tuple[Tensor, nn.BatchNorm2d]], k: int, str
             if norm.bias is not None:
                 biases.append(norm.bias)
             count_batch(norm, w.detach() @ mean.detach().flatten(), var.detach(), count)
-        # Added up before any view of them, or their gradients would be views of one memory.
+        # Added up before any view of them, or their gradients would be views of the same memory.
         bias = sum(biases).to(mean.dtype)[:, None] if biases else mean.new_zeros(())
     out = torch.baddbmm(bias, weight.expand(len(x), -1, -1), patches)
     return out.view(len(x), -1, *size).to(computed_in(x))
@@ -421,8 +421,7 @@ def patch_sum(x: Tensor, convs: list[tuple[Tensor, nn.BatchNorm2d]], k: int, str
 
 
 def sum_of_branches(block: nn.Module, x: Tensor) -> Tensor:
-    """The sum of a :class:`RepConv`'s branches, of which those that see the same x share its
-    statistics."""
+    """The sum of a :class:`RepConv`'s branches; those with the same input share its statistics."""
     leaves, geometry = list(block.leaves()), block.geometry
     size, stride = geometry['kernel_size'], geometry['stride']
     patch = size**2 * geometry['in_channels']
@@ -448,7 +447,7 @@ def sum_of_branches(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def centers(x: Tensor, geometry: dict) -> Tensor:
-    """What each output of a depthwise convolution has at its kernel's center, in its shape."""
+    """The input at the kernel's center for each output of a depthwise convolution."""
     stride = geometry['stride']
     multiplier = geometry['out_channels'] // geometry['in_channels']
     x = x if stride == 1 else x[:, :, ::stride, ::stride].contiguous()
@@ -456,7 +455,7 @@ def centers(x: Tensor, geometry: dict) -> Tensor:
 
 
 def convolution_and_norm(block: nn.Module, x: Tensor) -> Tensor:
-    """A :class:`ConvBN`, of which the norm is called."""
+    """A :class:`ConvBN`; its norm is called."""
     return block.bn(convolve(block.conv, block.strided(x)))
 
 
@@ -465,7 +464,7 @@ def positional_encoding(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def ffn_residual(block: nn.Module, x: Tensor) -> Tensor:
-    """The second half of a block, its layer scale in the second convolution's weights.
+    """The second half of a block, with its layer scale in the second convolution's weights.
 
     Only the drop path is called.
     """

@@ -1,10 +1,10 @@
-"""Convolutions and linear layers of the deploy form on a CPU: the same results, faster.
+"""Convolutions and linear layers of the deploy form on a CPU: same results, faster.
 
-PyTorch hands oneDNN weights in its own order, which oneDNN has to rearrange in every call, and
-writes a convolution's result to memory only to read it again for GELU or a residual. Both are most
-of what a small batch costs beyond arithmetic. Here the weights are rearranged once for each size of
-images and the rest happens inside the convolution, by the operators that torch.compile generates
-for the CPU.
+PyTorch passes weights to oneDNN in its own order, which oneDNN has to rearrange in every call, and
+writes a convolution's result to memory only to read it again for GELU or a residual. For small
+batches this is most of the cost beyond arithmetic. Here the weights are rearranged once per image
+size, and GELU and residual are computed inside the convolution, with the operators that
+torch.compile generates for the CPU.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .ordinary import DeployWeight, ordinary, private, untouched
 
-# By overload: to find one by itself, PyTorch reads a bias as integers, value by value.
+# By overload: to choose one, PyTorch would try to read a bias as integers, value by value.
 convolve = private('ops.mkldnn._convolution_pointwise.default')
 multiply = private('ops.mkldnn._linear_pointwise.default')
 multiply_add = private('ops.mkldnn._linear_pointwise.binary')
@@ -25,12 +25,12 @@ reorder_linear = private('ops.mkldnn._reorder_linear_weight')
 order_of = private('ops.mkldnn._get_mkldnn_serialized_md')
 PLAIN, GELU = ('none', [], ''), ('gelu', [], 'none')
 
-#: Orders and sizes of input that a layer remembers before it starts anew. An order costs the
-#: memory of the layer's weight; a network rarely meets more than two.
+#: Orders and input sizes that a layer remembers before it starts over. An order takes the memory
+#: of the layer's weight; a network rarely needs more than two.
 ORDERS, SIZES = 4, 256
 
 
-#: Bytes up to which glibc can recycle a freed block; larger ones always go back to the system.
+#: Bytes up to which glibc can recycle a freed block; larger ones are always returned to the system.
 RECYCLED = 31 << 20
 
 
@@ -38,9 +38,9 @@ RECYCLED = 31 << 20
 def recycle_memory() -> None:
     """Let glibc keep freed blocks of up to ``RECYCLED`` bytes.
 
-    It gives those above a threshold back to the system, which clears each page (4 KB) of them anew:
-    an eighth of a network's time at 512 x 704 pixels. Freeing a block raises the threshold to its
-    size. This one is never written to.
+    It returns those above a threshold to the system, which clears each page (4 KB) again when they
+    are reused: an eighth of a network's time at 512 x 704 pixels. Freeing a block raises the
+    threshold to its size. This block is never written to.
     """
     torch.empty(RECYCLED, dtype=torch.uint8)
 
@@ -54,13 +54,13 @@ def has_onednn() -> bool:
 
 @cache
 def has_bf16() -> bool:
-    """Whether the processor has what oneDNN needs for bfloat16."""
+    """Whether oneDNN supports bfloat16 on this processor."""
     check = private('ops.mkldnn._is_mkldnn_bf16_supported')
     return check is not None and check()
 
 
 def takes(x: Tensor, *layers: nn.Conv2d | nn.Linear) -> bool:
-    """Whether the functions below may compute ``layers``, of which the first gets ``x``."""
+    """Whether the functions below may compute ``layers``, the first of which gets ``x``."""
     return (
         ordinary(x)  # first, as a compiler looks no further
         and not torch.is_grad_enabled()
@@ -80,18 +80,18 @@ def computable(layer: nn.Conv2d | nn.Linear, dtype: torch.dtype) -> bool:
         isinstance(weight, nn.Parameter)
         and weight.dtype == dtype
         and weight.is_cpu
-        and not weight.is_inference()  # has no version: edits cannot be noticed
+        and not weight.is_inference()  # has no version counter: edits would go unnoticed
         and layer.__dict__.get('padding_mode', 'zeros') == 'zeros'
     )
 
 
 class Rearranged:
-    """A layer's weight in the orders that oneDNN wants, for as long as the weight stays as it is.
+    """A layer's weight in the orders that oneDNN wants, for as long as the weight does not change.
 
-    The order depends on the input's size: with that of another size a network took up to twice as
-    long. Most sizes want the same order, and share it. Edits are noticed, those through ``.data``
-    too, but not those that bypass PyTorch (a numpy view of the weight): :meth:`forget` follows
-    these. Copies and pickles are empty.
+    The order depends on the input size: with the order for another size, a network took up to twice
+    as long. Sizes that want the same order, as most do, share it. Edits are noticed, including
+    those through ``.data``, but not those that bypass PyTorch (a numpy view of the weight): call
+    :meth:`forget` after these. Copies and pickles are empty.
     """
 
     everywhere = WeakSet()
@@ -116,8 +116,8 @@ class Rearranged:
         return len(self.by_order) * (self.weight.nbytes if self.by_order else 0)
 
     def of(self, layer: nn.Conv2d | nn.Linear, size, rearrange, *args) -> Tensor:
-        """The weight of ``layer`` for inputs of ``size``; ``rearrange(weight, *args, size)``
-        makes it."""
+        """The weight of ``layer`` for inputs of ``size``, made by ``rearrange(weight, *args,
+        size)``."""
         weight = layer._parameters['weight']
         if type(weight) is not DeployWeight:
             weight.__class__ = DeployWeight
@@ -151,9 +151,9 @@ def convolution(
     A pointwise convolution runs as a linear layer, which takes 0.9 of the time.
 
     Args:
-        weight: of this layer, rearranged.
-        gelu: give the exact GELU of it.
-        add: give the sum with this.
+        weight: the layer's rearranged weight.
+        gelu: apply the exact GELU.
+        add: a tensor to add to the result.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     if is_pointwise(layer):
@@ -182,7 +182,7 @@ def linear(
     gelu: bool = False,
     add: Tensor | None = None,
 ) -> Tensor:
-    """``layer(x)`` over the last dimension, (..., C) to (..., C'); else as :func:`convolution`."""
+    """``layer(x)`` over the last dimension, (..., C) to (..., C'); see :func:`convolution`."""
     given = weight.of(layer, x[..., 0].numel(), rearranged_matrix), layer.bias
     if add is not None:
         return multiply_add(x, add, *given, 'add')

@@ -1,7 +1,7 @@
-"""Where a fast path may compute in place of PyTorch's layers: nobody looks at them or changes them.
+"""When a fast path may replace PyTorch's layers: if nothing observes or changes them.
 
 Hooks, wrappers, pruning, quantizers, compilers, function transforms and tracers have to see an
-ordinary network. Every fast path asks here, and leaves the work to the layers otherwise.
+ordinary network. Every fast path asks here and otherwise leaves the work to the layers.
 """
 
 from functools import reduce
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 
 def private(path: str):
-    """``torch.<path>``, or None in a version of PyTorch that does not have it."""
+    """``torch.<path>``, or None if this version of PyTorch does not have it."""
     return reduce(lambda found, name: getattr(found, name, None), path.split('.'), torch)
 
 
@@ -25,14 +25,14 @@ known = None not in (transforms_active, dispatch_modes, function_modes, has_glob
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation follows what is computed here."""
+    """Whether torch.func or forward-mode differentiation is active."""
     within = transforms_active is not None and transforms_active()
     return within or getattr(forward_ad, '_current_level', -1) >= 0
 
 
 def ordinary(x: Tensor) -> bool:
-    """Whether ``x`` is a plain CPU tensor, not empty, and no compiler, tracer, function transform
-    or mode follows what happens to it."""
+    """Whether ``x`` is a plain, non-empty CPU tensor and no compiler, tracer, function transform
+    or mode is active."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -50,9 +50,9 @@ def ordinary(x: Tensor) -> bool:
 class DeployWeight(nn.Parameter):
     """A parameter that notices edits through ``.data``.
 
-    Writing through ``.data`` leaves a parameter's version counter as it is, so that a copy made of
-    the weight would be used on after it. Here all that ``.data`` gives shares one counter. Copies
-    made with ``deepcopy`` are of this class as well; files hold plain parameters.
+    Writing through ``.data`` does not change a parameter's version counter, so an outdated copy of
+    the weight would remain in use. Here all tensors returned by ``.data`` share one counter. Copies
+    made with ``deepcopy`` are of this class as well; files contain plain parameters.
     """
 
     alias: Tensor | None = None
@@ -76,8 +76,8 @@ PARAMETERS = {Tensor, nn.Parameter, DeployWeight, type(None)}
 
 
 def untouched(module: nn.Module, *kinds: type) -> bool:
-    """Whether ``module`` is exactly one of ``kinds``, and calling it runs nothing but its own
-    ``forward`` on plain parameters."""
+    """Whether the type of ``module`` is exactly one of ``kinds``, and calling it runs only its own
+    ``forward`` with plain parameters."""
     own = module.__dict__
     return (
         type(module) in kinds

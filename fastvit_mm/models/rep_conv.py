@@ -1,7 +1,7 @@
 """Convolutions that train as a sum of branches and run as one (FastViT, section 3.1).
 
-Every branch is linear and reads the same input, so each one is a convolution kernel and the kernels
-add up. :class:`RepConv` holds that merge once; its subclasses only name their branches.
+Every branch is linear and reads the same input, so each is a convolution kernel, and the kernels
+add up. :class:`RepConv` implements this merge; its subclasses only define their branches.
 """
 
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ from .fused_training import accelerated, convolution_and_norm, sum_of_branches
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Detach to float64 on the CPU, where merging loses nothing (some devices lack float64)."""
+    """Detach to float64 on the CPU, to merge without rounding (some devices lack float64)."""
     return tensor.detach().to('cpu', torch.float64)
 
 
 def build_bn(norm_cfg: dict, channels: int) -> _BatchNorm:
-    """Build a BatchNorm of ``channels``; another norm depends on its input and cannot merge."""
+    """Build a BatchNorm of ``channels``; other norms depend on their input and cannot be merged."""
     norm = build_norm_layer(norm_cfg, channels)[1]
     if not isinstance(norm, _BatchNorm):
         raise FastViTError(
@@ -36,7 +36,7 @@ def build_bn(norm_cfg: dict, channels: int) -> _BatchNorm:
 
 
 def bn_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift, each (C,) float64, that ``bn`` applies per channel in eval mode."""
+    """Scale and shift that ``bn`` applies per channel in eval mode, each (C,) float64."""
     scale = (exact(bn.running_var) + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * exact(bn.weight)
@@ -48,7 +48,7 @@ def bn_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def refill(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """``layer`` with another weight and bias, in place."""
+    """Replace weight and bias of ``layer`` in place, and return it."""
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
     return layer
@@ -69,7 +69,7 @@ class RepConv(nn.Module):
     """A sum of linear branches over one input, which equals one convolution.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups: those of the merged convolution,
+        in_channels, out_channels, kernel_size, stride, groups: of the merged convolution, which is
             padded so that stride 1 keeps the size.
     """
 
@@ -87,11 +87,11 @@ class RepConv(nn.Module):
         )
 
     def branches(self) -> Iterable[tuple[float | Tensor, nn.Module | None]]:
-        """(factor, module) of each branch; a module of None is the identity."""
+        """(factor, module) of each branch; None stands for the identity."""
         raise NotImplementedError
 
     def leaves(self) -> Iterable[tuple[float | Tensor, nn.Module | None]]:
-        """As :meth:`branches`, with a branch that has branches itself taken apart."""
+        """Like :meth:`branches`, but branches that have branches themselves are expanded."""
         for factor, branch in self.branches():
             if isinstance(branch, RepConv) and not isinstance(branch, ConvBN):
                 for inner, leaf in branch.leaves():
@@ -141,8 +141,8 @@ class ConvBN(RepConv):
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, *, norm_cfg):
         super().__init__(in_channels, out_channels, kernel_size, stride, groups)
-        # The weight gradient of a strided dense 1x1 convolution of few channels aborts PyTorch on
-        # a CPU in channels_last (docs/channels_last_crash.py): leave pixels out before it.
+        # The weight gradient of a strided dense 1x1 convolution with few channels aborts PyTorch
+        # on a CPU in channels_last (docs/channels_last_crash.py): skip pixels before it instead.
         self.skips = stride if kernel_size == 1 == groups else 1
         conv_stride = stride // self.skips
         self.conv = nn.Conv2d(**{**self.geometry, 'stride': conv_stride}, bias=False)
@@ -171,10 +171,10 @@ def branch_modules(block: RepConv) -> list[nn.Module]:
 class MobileOneBlock(RepConv):
     """[identity BN] + [1x1 scale conv + BN] + [k x k conv + BN], then SE, then activation.
 
-    The identity exists where input and output have one shape, the scale where k > 1.
+    The identity exists if input and output have the same shape, the scale if k > 1.
 
     Args:
-        with_conv: False leaves the identity alone (RepMixer's norm).
+        with_conv: False keeps only the identity (RepMixer's norm).
         se_reduction: squeeze-and-excite with ``out_channels / se_reduction`` hidden channels.
         act_cfg: None for no activation.
     """
@@ -200,7 +200,7 @@ class MobileOneBlock(RepConv):
         if with_conv and kernel_size > 1:
             self.conv_scale = ConvBN(in_channels, out_channels, 1, **args)
         if with_conv:
-            # A list, as in the published weights, which hold one branch each.
+            # A list, as in the published weights, with a single branch.
             self.conv_kxk = nn.ModuleList([ConvBN(in_channels, out_channels, kernel_size, **args)])
         self.se = (
             SqueezeExcitation(out_channels, out_channels // se_reduction)

@@ -1,7 +1,8 @@
 """Weights from files: read without running code, recognized by their keys, loaded strictly.
 
-Four layouts hold FastViT's weights: the authors', timm's, ours, and whole OpenMMLab models with a
-FastViT backbone. All become the last one's names (``backbone.*``, ``neck.*``, ``head.*``) here.
+There are four layouts of FastViT's weights: the authors', timm's, ours, and whole OpenMMLab models
+with a FastViT backbone. All are converted to the names of the last (``backbone.*``, ``neck.*``,
+``head.*``).
 """
 
 from .engine import install

@@ -1,4 +1,4 @@
-"""mmengine's ways to load a checkpoint: safe for every model, strict where a FastViT is in it."""
+"""mmengine's ways to load a checkpoint: safe for every model, strict for those with a FastViT."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastvit_mm.errors import FastViTError
 from .files import read
 from .loading import has_fastvit, load
 
-#: mmengine's own: with strict=False, a file whose names do not match loads nothing, in silence.
+#: mmengine's own: with strict=False, a file whose names do not match silently loads nothing.
 lenient = PretrainedInit.__call__
 
 
@@ -24,12 +24,12 @@ def initialize(self: PretrainedInit, module: nn.Module) -> None:
 
 
 def load_from_fastvit_mm(filename: str, map_location=None) -> dict:
-    """A checkpoint from a file, an address or a root of the file client."""
+    """A checkpoint from a file, a URL or a root of the file client."""
     return read(filename, map_location)
 
 
 def load_from_openmmlab(filename: str, map_location=None) -> dict:
-    """A published checkpoint, ``open-mmlab://NAME``, or one that $MMENGINE_HOME names."""
+    """A published checkpoint, ``open-mmlab://NAME``, or one listed in $MMENGINE_HOME."""
     name = filename.partition('://')[2]
     name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
     place = mmengine_checkpoint.get_external_models().get(name)
@@ -51,11 +51,11 @@ LOADERS = {
 
 
 def install() -> None:
-    """Make mmengine load through this package; doing it twice changes nothing.
+    """Make mmengine load through this package; calling it twice has no further effect.
 
-    - Its loaders fall back to an unsafe load, or leave safety to torch's defaults: a file can then
-      run code. :func:`read` takes their place, for every model; loaders of others stay.
-    - Its ``Pretrained`` is strict for modules with a FastViT in them.
+    - Its loaders fall back to an unsafe load, or leave safety to torch's defaults, so that a file
+      can run code. :func:`read` replaces them, for every model; third-party loaders stay.
+    - Its ``Pretrained`` becomes strict for modules that contain a FastViT.
     """
     PretrainedInit.__call__ = initialize
     loader = mmengine_checkpoint.CheckpointLoader

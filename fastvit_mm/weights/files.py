@@ -1,4 +1,4 @@
-"""Weights' files: found, fetched, read without running code, and written wholly or not at all."""
+"""Weights files: found, downloaded, read without running code, and written atomically."""
 
 import argparse
 import hashlib
@@ -31,23 +31,24 @@ KINDS = {'apple_in1k': 'models', 'apple_dist_in1k': 'distilled_models'}
 
 
 def find(source: str | Path) -> Path | str:
-    """Where :func:`read` finds ``source``: a local path, to which addresses and short names are
-    fetched, or a root of mmengine's file client such as ``s3://``, left as it is.
+    """Where :func:`read` finds ``source``: a local path, to which URLs and short names are
+    downloaded, or an address of mmengine's file client such as ``s3://...``, unchanged.
 
     Args:
-        source: a file, an address, or a short name such as ``fastvit_sa36.apple_in1k`` or
+        source: a file, a URL, or a short name such as ``fastvit_sa36.apple_in1k`` or
             ``fastvit_sa36.apple_dist_in1k``.
 
     Downloads are kept in ``torch.hub.get_dir()``/checkpoints, which TORCH_HOME sets.
 
     Raises:
-        FastViTError: no such file, the address cannot be reached, or nothing reads such a root.
+        FastViTError: the file does not exist, the URL cannot be reached, or no backend reads
+            such an address.
     """
     source = str(source)
     short = re.fullmatch(r'fastvit_(\w+)\.(\w+)', source)
     if short and short[1] in ARCHS and short[2] in KINDS:
         address = PUBLISHED.format(arch=short[1], kind=KINDS[short[2]])
-        # The distilled files have the plain ones' names: keep them apart.
+        # The distilled files have the same names as the plain ones: keep them apart.
         return fetch(address, f'{source}.pth.tar')
     if source.startswith(('http://', 'https://')):
         return fetch(source, cached_name(source))
@@ -58,40 +59,40 @@ def find(source: str | Path) -> Path | str:
     if not path.is_file():
         names = f'fastvit_<{"|".join(ARCHS)}>.<{"|".join(KINDS)}>'
         raise FastViTError(
-            f'checkpoint {source!r} does not exist: give a file, an address or a name {names}'
+            f'checkpoint {source!r} does not exist: give a file, a URL or a name {names}'
         )
     return path
 
 
 def cached_name(address: str) -> str:
-    """A name in the cache that no other address has."""
+    """A name in the cache that is unique to the address."""
     name = Path(urlparse(address).path).name
     if re.search(r'-[0-9a-f]{8,}\.', name):
-        return name  # it ends in its own hash: as torch.hub and mmengine keep it
+        return name  # it contains its own hash: named as in torch.hub and mmengine
     return f'{hashlib.sha256(address.encode()).hexdigest()[:8]}/{name}'
 
 
 def fetch(address: str, name: str) -> Path:
-    """The file at ``address``, kept as ``name``; processes that want it at once wait for one."""
+    """The file at ``address``, kept as ``name``; of several processes, one downloads it."""
     cached = Path(torch.hub.get_dir(), 'checkpoints', name)
     if cached.is_file():
         return cached
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks come here before they are a process group: a lock serves them, and other jobs too.
+        # Ranks get here before there is a process group; a lock also works for other jobs.
         with FileLock(f'{cached}.lock'):
             if not cached.is_file():
                 torch.hub.download_url_to_file(address, str(cached))
     except (OSError, HTTPException) as error:
         raise FastViTError(
             f'cannot fetch {address} ({one_line(error)}): '
-            f'download it elsewhere and save it as {cached}'
+            f'download it on another machine and save it as {cached}'
         ) from error
     return cached
 
 
 def backend_of(address: str) -> BaseStorageBackend:
-    """What of mmengine's file client reads ``address``."""
+    """The backend of mmengine's file client that reads ``address``."""
     try:
         return get_file_backend(address)
     except ImportError as error:
@@ -99,13 +100,13 @@ def backend_of(address: str) -> BaseStorageBackend:
     except (KeyError, ValueError) as error:
         roots = ', '.join(f'{p}://' for p in sorted(prefix_to_backends) if p)
         raise FastViTError(
-            f'cannot read {address}: a file, or one of the roots {roots} was expected; '
+            f'cannot read {address}: expected a file or an address with one of {roots}; '
             'mmengine.fileio.register_backend adds others'
         ) from error
 
 
 def harmless_types() -> list:
-    """What real checkpoints hold beside tensors; none of it runs code when unpickled."""
+    """What real checkpoints contain besides tensors; none of it runs code when unpickled."""
     core = np._core if hasattr(np, '_core') else np.core
     scalar, rebuild = core.multiarray.scalar, core.multiarray._reconstruct
     kinds = [np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_]
@@ -128,21 +129,21 @@ def harmless_types() -> list:
 
 
 def statistic_of(owner: type, name: str):
-    """Stands in for getattr, with which HistoryBuffer's pickles name its own statistics."""
+    """Replaces getattr, which HistoryBuffer's pickles use to refer to its own statistics."""
     if owner is not HistoryBuffer or name.startswith('_'):
         raise pickle.UnpicklingError('Unsupported global: GLOBAL getattr')
     return getattr(owner, name)
 
 
 def read(source: str | Path, map_location='cpu') -> dict:
-    """What a checkpoint file holds; no code in it is run, now or by mmengine later on.
+    """The contents of a checkpoint file; no code in it runs, neither now nor later in mmengine.
 
     Args:
         source: see :func:`find`; PyTorch's format or ``.safetensors``.
         map_location: as for ``torch.load``; ``.safetensors`` are read to the CPU.
 
     Raises:
-        FastViTError: the file is damaged, or holds types that are not plain data.
+        FastViTError: the file is damaged, or contains types that are not plain data.
     """
     place = find(source)
     file = place if isinstance(place, Path) else content_of(place)
@@ -154,19 +155,19 @@ def read(source: str | Path, map_location='cpu') -> dict:
     except Exception as error:
         if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
             raise FastViTError(
-                f'{place} holds a {refused[1]}, which is not plain data and could run code: '
-                'refused; save its state_dict alone with torch.save'
+                f'{place} contains a {refused[1]}, which is not plain data and could run code: '
+                'refused; save only its state_dict with torch.save'
             ) from error
         raise FastViTError(
             f'{place} is truncated or not a checkpoint ({one_line(error)}): '
-            'remove it, then fetch or save it again'
+            'delete it, then download or save it again'
         ) from error
     if not isinstance(checkpoint, dict):
-        raise FastViTError(f'{place} holds no weights but a {type(checkpoint).__name__}')
+        raise FastViTError(f'{place} contains no weights, only a {type(checkpoint).__name__}')
     if isinstance(meta := checkpoint.get('meta'), dict):
         meta.pop('config', None)  # a resuming runner of mmengine would run it as Python
     elif not isinstance(meta, Tensor):
-        checkpoint.pop('meta', None)  # nor may it come in any other form
+        checkpoint.pop('meta', None)  # nor any other form of it
     return checkpoint
 
 
@@ -177,7 +178,7 @@ def content_of(address: str) -> io.BytesIO:
     except Exception as error:  # each client has its own
         raise FastViTError(f'cannot read {address}: {one_line(error)}') from error
     if not content:
-        raise FastViTError(f'cannot read {address}: there is nothing')
+        raise FastViTError(f'cannot read {address}: it is empty')
     return io.BytesIO(content)
 
 
@@ -204,7 +205,7 @@ def state_dict_of(checkpoint: dict, source) -> State:
         or not checkpoint
         or not all(isinstance(v, Tensor) for v in checkpoint.values())
     ):
-        raise FastViTError(f'{source} holds no weights: a state_dict of tensors was expected')
+        raise FastViTError(f'{source} contains no weights: expected a state_dict of tensors')
     prefix = 'module.'
     if all(k.startswith(prefix) for k in checkpoint):
         checkpoint = {k[len(prefix) :]: v for k, v in checkpoint.items()}
@@ -212,21 +213,21 @@ def state_dict_of(checkpoint: dict, source) -> State:
 
 
 def check_target(path: str | Path, force: bool = False) -> Path:
-    """``path`` as a place to save weights.
+    """``path`` as a file to save weights to.
 
     Raises:
-        FastViTError: an unknown suffix, or it exists and ``force`` is not set.
+        FastViTError: the suffix is unknown, or the file exists and ``force`` is not set.
     """
     path = Path(path).expanduser()
     if not path.name.endswith(('.pth', '.pth.tar', '.safetensors')):
         raise FastViTError(f'{path}: give a name that ends in .pth, .pth.tar or .safetensors')
     if path.exists() and not force:
-        raise FastViTError(f'{path} exists already: give another name, or --force to overwrite it')
+        raise FastViTError(f'{path} exists: give another name, or --force to overwrite it')
     return path
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
-    """Write a checkpoint, or a state dict alone for ``.safetensors``, wholly or not at all.
+    """Write a checkpoint, or only its state dict for ``.safetensors``, completely or not at all.
 
     Raises:
         FastViTError: it cannot be written.

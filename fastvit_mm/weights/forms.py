@@ -1,4 +1,4 @@
-"""The forms of a FastViT's weights: training, the authors' and timm's deploy form, and ours."""
+"""The forms of FastViT's weights: training form, deploy form of the authors and timm, and ours."""
 
 import re
 
@@ -12,7 +12,7 @@ from .states import State, differences, incompatible, starting_with, without
 
 
 def is_merged(state: State) -> bool:
-    """Whether a backbone's state dict is in our deploy form, merged completely."""
+    """Whether a backbone's state dict is in our deploy form, which is merged completely."""
     return 'stages.0.blocks.0.mlp.conv.reparam_conv.weight' in state
 
 
@@ -32,7 +32,7 @@ def norms_of(state: State) -> State:
 
 
 def twin_of(module: FastViT | FastViTNeck, state: State) -> FastViT | FastViTNeck:
-    """A fresh ``module`` in the very form of ``state``: any of the deploy forms, or training."""
+    """A new ``module`` in the form of ``state``: any of the deploy forms, or training."""
     twin = module.training_form().eval()
     if is_merged(state):
         twin.switch_to_deploy()
@@ -41,13 +41,13 @@ def twin_of(module: FastViT | FastViTNeck, state: State) -> FastViT | FastViTNec
 
 
 def merge_state(module: FastViT | FastViTNeck, state: State, merge=merge_completely) -> State:
-    """Weights for ``module``, to which ``merge`` was done, from its weights in any form."""
+    """Weights of ``module`` after ``merge``, from its weights in any form."""
     if is_merged(state):
         return state
     norms, twin = norms_of(state), twin_of(module, state)
     state = without(state, norms)
     if any(incompatible(twin.state_dict(), state)):
-        return state | norms  # not this network: the check that follows says so
+        return state | norms  # not this network: the following check reports it
     twin.load_state_dict(state, strict=False)
     merge(twin)
     return twin.state_dict() | norms
@@ -57,29 +57,29 @@ def convert(checkpoint_state: State, layout: str, deploy: bool, source='the file
     """Weights of any layout in ``layout``: 'timm', 'apple' or 'mm'.
 
     Args:
-        deploy: give the deploy form. Ours ('mm') is merged completely; the others', as these
-            projects define it, keeps the BatchNorms and scales outside their branches.
+        deploy: convert to the deploy form. Ours ('mm') is merged completely; those of the other
+            projects keep the BatchNorms and scales outside their branches.
 
     Raises:
-        FastViTError: no whole FastViT, or a form from which there is no way to the one wanted.
+        FastViTError: the weights are not a whole FastViT, or cannot be converted to the form.
     """
     state = to_mm(checkpoint_state, source)
     parts = {p: starting_with(state, p) for p in ('backbone.', 'neck.')}
     backbone, neck = parts.values()
     if not deploy and any('reparam_conv' in k for k in backbone):
         raise FastViTError(
-            f'{source} is in the deploy form, from which nothing leads back to the training form: '
+            f'{source} is in the deploy form, which cannot be converted to the training form: '
             'convert its training form, or add --deploy'
         )
     if layout != 'mm' and is_merged(backbone):
         raise FastViTError(
-            f'{source} is merged completely, without the BatchNorms and scales of the deploy form '
-            f'of {layout}: convert its training form'
+            f"{source} is merged completely, but {layout}'s deploy form has BatchNorms and scales: "
+            'convert its training form'
         )
     arch = arch_of(backbone)
     if 0 in arch['depths']:
-        raise FastViTError(f'{source} has {describe(backbone)}: a whole one is needed')
-    # Any weight of the stem's first convolution knows the number of input channels.
+        raise FastViTError(f'{source} has {describe(backbone)}: expected a whole one')
+    # Any weight of the stem's first convolution gives the number of input channels.
     stem = next(v for k, v in backbone.items() if k.startswith('stem.0.') and v.ndim == 4)
     modules = {'backbone.': FastViT(arch, in_channels=stem.shape[1])}
     if any(k.startswith('final_conv.') for k in neck):

@@ -1,6 +1,6 @@
-"""Whose names a state dict has, and which FastViT: the authors', timm's, or OpenMMLab's.
+"""Recognizes the names in a state dict (the authors', timm's or OpenMMLab's) and its FastViT.
 
-OpenMMLab's are ``backbone.*``, ``neck.*`` and ``head.*``, those of a whole model.
+OpenMMLab's names are those of a whole model: ``backbone.*``, ``neck.*`` and ``head.*``.
 """
 
 import bisect
@@ -13,7 +13,7 @@ from fastvit_mm.models.archs import parse_arch
 
 from .states import State, first, starting_with
 
-# The authors' words and timm's: whole parts of a dotted name.
+# The authors' words and timm's, each one or more whole parts of a dotted name.
 AUTHORS_TO_TIMM = {
     'patch_embed': 'stem',
     'rbr_conv': 'conv_kxk',
@@ -32,7 +32,7 @@ AUTHORS_TO_TIMM = {
     'head.weight': 'head.fc.weight',
     'head.bias': 'head.fc.bias',
 }
-# What a stage of timm's holds, in this order; each is one entry of the authors' flat network.{i}.
+# The parts of timm's stages, in order; each is one entry of the authors' flat network.{i}.
 PARTS = ('downsample', 'pos_emb', 'blocks')
 
 
@@ -43,7 +43,7 @@ def translate(key: str, words: dict[str, str]) -> str:
 
 def authors_to_timm(state: State) -> State:
     """The authors' keys renamed to timm's."""
-    # A stage begins where a downsampling (proj) stands.
+    # A downsampling (proj) starts a new stage.
     cuts = sorted({int(m[1]) for k in state if (m := re.match(r'network\.(\d+)\.proj\.', k))})
 
     def rename(key: str) -> str:
@@ -72,7 +72,7 @@ def timm_to_authors(state: State) -> State:
 
 
 def holds(state: State, prefixes: Iterable[str]) -> bool:
-    """Whether a FastViT stands at one of ``prefixes``."""
+    """Whether there is a FastViT at one of ``prefixes``."""
     starts = tuple(f'{p}stem.0.' for p in prefixes)
     return any(k.startswith(starts) for k in state)
 
@@ -87,10 +87,10 @@ def recognize(state: State) -> str | None:
 
 
 def part_of(state: State, prefix: str | None, source) -> State:
-    """What starts with ``prefix``, without it.
+    """The entries that start with ``prefix``, without the prefix.
 
     Raises:
-        FastViTError: nothing does.
+        FastViTError: there are none.
     """
     part = starting_with(state, f'{prefix.rstrip(".")}.') if prefix else state
     if not part:
@@ -101,7 +101,7 @@ def part_of(state: State, prefix: str | None, source) -> State:
 
 
 def only_model(state: State, source) -> State:
-    """A whole model out of one that has it as a part (``student.backbone.*``).
+    """Extract a whole model from one that contains it (``student.backbone.*``).
 
     Raises:
         FastViTError: there is none, or more than one.
@@ -113,17 +113,17 @@ def only_model(state: State, source) -> State:
         )
     if len(parts) > 1:
         raise FastViTError(
-            f'{source} holds several FastViTs, in {", ".join(parts)}: choose one, as in '
+            f'{source} contains several FastViTs, in {", ".join(parts)}: choose one, as in '
             f'prefix={parts[0]!r} (of init_cfg) or --prefix {parts[0]} (of convert_weights.py)'
         )
     return starting_with(state, parts[0])
 
 
 def to_mm(state: State, source='the file') -> State:
-    """Any of the layouts to OpenMMLab's names; names already in place stay.
+    """Convert any layout to OpenMMLab's names; names that are already OpenMMLab's do not change.
 
     Raises:
-        FastViTError: no FastViT in it, or several side by side.
+        FastViTError: there is no FastViT in it, or more than one.
     """
     layout = recognize(state)
     if layout is None:
@@ -141,12 +141,12 @@ def to_mm(state: State, source='the file') -> State:
     return {place(k): v for k, v in state.items()}
 
 
-# OpenMMLab's names of what the classifiers of timm and the authors have as well.
+# OpenMMLab's names of parts that the classifiers of timm and the authors also have.
 SHARED = re.compile(r'backbone\.(?=stem\.|stages\.)|neck\.(?=final_conv\.)|(?=head\.fc\.)')
 
 
 def from_mm(state: State, layout: str) -> State:
-    """OpenMMLab's names to ``layout``, 'timm' or 'apple'; only what is :data:`SHARED`."""
+    """Convert OpenMMLab's names to ``layout``, 'timm' or 'apple'; only :data:`SHARED` parts."""
     state = {k[m.end() :]: v for k, v in state.items() if (m := SHARED.match(k))}
     return timm_to_authors(state) if layout == 'apple' else state
 
@@ -154,7 +154,7 @@ def from_mm(state: State, layout: str) -> State:
 def arch_of(state: State) -> dict:
     """Settings (:func:`parse_arch`) of the FastViT in a backbone's state dict, in either form.
 
-    Stages that it does not hold have depth 0; the layer scale's initial value cannot be known.
+    Missing stages have depth 0; the initial value of the layer scale is unknown.
     """
     depths, widths, attention = [0] * 4, [0] * 4, [0] * 4
     ffn_ratio = 0
@@ -175,7 +175,7 @@ def arch_of(state: State) -> dict:
 
 
 def describe(state: State) -> str:
-    """Which FastViT a backbone's state dict holds, for messages: 'FastViT-SA12'."""
+    """The FastViT in a backbone's state dict, for messages: 'FastViT-SA12'."""
     arch = arch_of(state)
     for name in ARCHS:
         if parse_arch(name) == {**parse_arch(name), **arch}:

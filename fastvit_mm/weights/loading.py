@@ -1,4 +1,4 @@
-"""Weights into models, strictly: nothing is left out in silence."""
+"""Loading weights into models, strictly: nothing is silently skipped."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from .states import State, differences, first, incompatible, starting_with, with
 
 
 def place(state: State, backbone: str) -> State:
-    """Move OpenMMLab's names to where ``backbone`` (a prefix, '' for a bare one) has them."""
+    """Move OpenMMLab's names to those around ``backbone`` (a prefix; '' for a bare backbone)."""
     if not backbone:
         return starting_with(state, 'backbone.')
     parent = backbone[: backbone.rfind('.', 0, -1) + 1]
@@ -27,7 +27,7 @@ def place(state: State, backbone: str) -> State:
 
 
 def place_all(state: State, backbones: list[str], source) -> State:
-    """Any layout to the names of a model with ``backbones``; one file serves them all."""
+    """Convert any layout to the names of a model with ``backbones``; one file fills them all."""
     if backbones != [''] and holds(state, backbones):
         return state
     state = to_mm(state, source)
@@ -35,7 +35,7 @@ def place_all(state: State, backbones: list[str], source) -> State:
 
 
 def fit(model: nn.Module, state: State, source, whole: bool) -> State:
-    """``state``, of any layout, in ``model``'s names and form, cut to its keys (:func:`load`)."""
+    """``state``, of any layout, in the names and form of ``model``, with its keys only."""
     own = {n: m for n, m in model.named_modules() if isinstance(m, FastViT | FastViTNeck)}
     own = {f'{n}.' if n else '': m for n, m in own.items()}
     backbones = [n for n, m in own.items() if isinstance(m, FastViT)]
@@ -64,16 +64,14 @@ def fit(model: nn.Module, state: State, source, whole: bool) -> State:
         missing, unexpected = missing & required, unexpected - foreign
         state = without(state, foreign)
         if fresh:
-            print_log(
-                f'{source}: not in the file, so freshly initialized: {first(fresh)}', 'current'
-            )
+            print_log(f'{source}: not in the file, so newly initialized: {first(fresh)}', 'current')
     if missing or unexpected:
         raise FastViTError(mismatch(source, found, wanted, missing, unexpected, state, target))
     return state
 
 
 def in_form(state: State, target: State, own: dict[str, nn.Module], source) -> State:
-    """``state`` merged where the modules of ``target`` are in the deploy form."""
+    """``state``, merged for the modules that are in the deploy form in ``target``."""
     for start, module in own.items():
         have = starting_with(state, start)
         if any('reparam_conv' in k for k in starting_with(target, start)):
@@ -84,7 +82,7 @@ def in_form(state: State, target: State, own: dict[str, nn.Module], source) -> S
             raise FastViTError(
                 f'{source} is in the deploy form, the model in the training form: load the '
                 'training form of these weights, or build the model with deploy=True (--cfg-options'
-                ' model.backbone.deploy=True, and for a classifier model.neck.deploy=True)'
+                ' model.backbone.deploy=True, and for a classifier also model.neck.deploy=True)'
             )
     return state
 
@@ -94,7 +92,7 @@ def mismatch(source, found, wanted, missing, unexpected, state, target) -> str:
     texts = [', '.join(dict.fromkeys(names)) for names in (found, wanted)]
     text = f'{source} does not fit: this is {texts[0]}; the model is {texts[1]}'
     if found == wanted:
-        text = f'{source} does not fit: {texts[0]} as the model is, but of another task or data set'
+        text = f'{source} does not fit: {texts[0]} like the model, but for another task or data set'
     return f'{text}; {differences(missing, unexpected, state, target)}'
 
 
@@ -105,7 +103,7 @@ def has_fastvit(model: nn.Module) -> bool:
 def prepare(
     model: nn.Module, source: str | Path, whole: bool = False, prefix: str | None = None
 ) -> dict:
-    """Read a checkpoint; its ``state_dict`` is then what ``model`` takes. See :func:`load`."""
+    """Read a checkpoint and convert its ``state_dict`` for ``model``. See :func:`load`."""
     model = unwrap(model)
     checkpoint = read(source)
     state = part_of(state_dict_of(checkpoint, source), prefix, source)
@@ -124,21 +122,22 @@ def load(
     """Load weights of any layout (see :mod:`fastvit_mm.weights`) into ``model``, strictly.
 
     Args:
-        model: a :class:`FastViT` or a model that has one or more in it, at any depth, in either
-            form. One in the deploy form takes weights of every form; they are merged as they
-            load. A file with the model's own names fills each FastViT from its place, any other
-            file fills them all with its one.
-        source: a file, an address or a short name (:func:`find`).
-        whole: as for a test: nothing may be missing. Otherwise, as for fine-tuning, what is not
-            FastViT's own (another task's head) and ``feature_norm`` may be missing; it is logged.
-        prefix: take only what starts so, without it: ``student.`` of a file that holds several.
+        model: a :class:`FastViT` or a model that contains one or more, at any depth, in either
+            form. The deploy form accepts weights in every form and merges them while loading. A
+            file with the model's own names fills each FastViT from the same place; any other file
+            fills all of them with the one it has.
+        source: a file, a URL or a short name (:func:`find`).
+        whole: for tests: nothing may be missing. Otherwise, for fine-tuning, parts outside FastViT
+            (another task's head) and ``feature_norm`` may be missing; they are logged.
+        prefix: load only entries that start with it, without it: ``student.`` if a file has
+            several models.
 
     Returns:
-        The checkpoint: ``state_dict`` as loaded, ``meta``, and what else the file holds.
+        The checkpoint: ``state_dict`` as loaded, ``meta``, and everything else in the file.
 
     Raises:
-        FastViTError: anything else missing, unexpected or of another shape; a file in the deploy
-            form for a model in the training form; see also :func:`read`.
+        FastViTError: anything else is missing, unexpected or of another shape; the file is in the
+            deploy form and the model in the training form; see also :func:`read`.
     """
     checkpoint = prepare(model, source, whole, prefix)
     unwrap(model).load_state_dict(checkpoint['state_dict'], strict=False)
@@ -152,7 +151,7 @@ def is_pretrained(init_cfg) -> bool:
 
 
 def drop_pretrained(node) -> None:
-    """Take every ``Pretrained`` out of a model's config: a checkpoint will overwrite them."""
+    """Remove every ``Pretrained`` from a model's config: a checkpoint will overwrite them."""
     if isinstance(node, dict):
         init_cfg = node.get('init_cfg')
         if is_pretrained(init_cfg):

@@ -1,4 +1,4 @@
-"""A state dict by itself: parts of it, and where it differs from another one."""
+"""State dicts: parts of one, and differences between two."""
 
 from collections.abc import Iterable
 
@@ -22,7 +22,7 @@ def first(keys: Iterable[str]) -> str:
 
 
 def incompatible(target: State, state: State) -> tuple[set[str], set[str]]:
-    """Keys missing from ``state`` and keys it has too many; another shape is both."""
+    """Keys missing from ``state`` and unexpected ones in it; keys of another shape are in both."""
     shapes = {k for k in target if k in state and target[k].shape != state[k].shape}
     # Files from before PyTorch 0.4.1 have no counters; they matter only without momentum.
     missing = {k for k in set(target) - set(state) if not k.endswith('num_batches_tracked')}

@@ -4,11 +4,11 @@ bgr_mean, bgr_std = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    # Fast: mmpretrain's, made cheaper.
+    # Fast...: faster versions of mmpretrain's.
     dict(type='FastRandomResizedCrop', scale=256, backend='pillow', interpolation='bicubic'),
     dict(type='FastRandomFlip', prob=0.5, direction='horizontal'),
-    # timm's rand-m9-mstd0.5-inc1. The recipe's colour jitter is idle there: timm drops it
-    # beside RandAugment.
+    # timm's rand-m9-mstd0.5-inc1. The recipe's colour jitter has no effect there: timm ignores
+    # it when RandAugment is used.
     dict(
         type='RandAugment',
         policies='timm_increasing',
@@ -18,7 +18,7 @@ train_pipeline = [
         magnitude_std=0.5,
         hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
     ),
-    # timm's "pixel": noise of unit variance after normalization.
+    # timm's "pixel" mode: noise of unit variance after normalization.
     dict(
         type='FastRandomErasing',
         erase_prob=0.25,
@@ -43,7 +43,7 @@ train_dataloader = dict(
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,
-    collate_fn=dict(type='default_collate'),  # a worker gives one tensor per batch
+    collate_fn=dict(type='default_collate'),  # a worker returns one tensor per batch
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(**dataset, split='train', pipeline=train_pipeline),
 )

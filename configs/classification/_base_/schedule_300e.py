@@ -1,4 +1,4 @@
-# 5 epochs of warm-up, cosine to epoch 300, 10 epochs more at the minimum rate.
+# 5 epochs of warm-up, cosine until epoch 300, then 10 epochs at the minimum rate.
 _base_ = 'runtime.py'
 
 optim_wrapper = dict(

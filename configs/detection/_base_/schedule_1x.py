@@ -14,8 +14,8 @@ default_hooks = dict(
 )
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
-env_cfg = dict(cudnn_benchmark=False)  # hardly two batches have the same shape
-# Every GPU gathers its own BatchNorm statistics.
+env_cfg = dict(cudnn_benchmark=False)  # batches rarely have the same shape
+# Each GPU keeps its own BatchNorm statistics: average them.
 custom_hooks = [dict(type='SyncStatisticsHook')]
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 default_scope = 'mmdet'

@@ -28,5 +28,5 @@ model = dict(
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
 )
-# Four images a GPU are few for BatchNorm: with several GPUs they share statistics.
+# Four images per GPU are few for BatchNorm: several GPUs share statistics.
 sync_bn = 'torch'
