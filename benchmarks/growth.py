@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastvit_mm import ARCHS, FastViTError
+from fastvit_mm.models.archs import HEAD_WIDTH
 
 from . import measure, sides
 from .report import Report, curves
@@ -68,13 +69,13 @@ def attention_memory(model: nn.Module, size: tuple[int, int], device: str) -> di
     x = torch.randn(1, attention.proj.in_features, height, width, device=device)
     with LargestTensor() as largest:
         attention(x)
-    tokens = height * width
+    tokens, heads = height * width, attention.proj.in_features // HEAD_WIDTH
     peak = measure.peak_memory(sides.eager(attention, x), device)
     return {
         'image': '{1} x {0}'.format(*size),
         'N': tokens,
-        'heads': attention.num_heads,
-        'N x N of all heads, MB': measure.megabytes(4 * attention.num_heads * tokens**2),
+        'heads': heads,
+        'N x N of all heads, MB': measure.megabytes(4 * heads * tokens**2),
         'largest tensor, MB': measure.megabytes(4 * largest.size),
         'peak MB': measure.megabytes(peak),
     }
