@@ -20,7 +20,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit_mm.errors import FastViTError
+from fastvit_mm.errors import require
 from fastvit_mm.models.onednn import Rearranged
 from fastvit_mm.reparameterize import distance, tensors
 
@@ -306,10 +306,7 @@ def onnxruntime_session(model: bytes, threads: int, spin: bool = True, arena: bo
     Raises:
         FastViTError: ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise FastViTError('onnxruntime is not installed: pip install fastvit_mm[onnx]') from error
+    onnxruntime = require('ONNX Runtime', 'onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 if not (find_spec('mmengine') and find_spec('mmcv')):
     raise ImportError(
-        'fastvit_mm needs OpenMMLab: pip install fastvit_mm[onedl] (maintained) '
-        'or pip install fastvit_mm[openmmlab] (the original packages)'
+        "fastvit_mm needs OpenMMLab's packages: in its checkout, pip install '.[onedl]' "
+        "(maintained) or pip install '.[openmmlab]' (the original ones)"
     )
 
 from . import at_import

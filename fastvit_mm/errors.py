@@ -1,5 +1,8 @@
 """The error that is meant for users."""
 
+import importlib
+from types import ModuleType
+
 
 class FastViTError(ValueError):
     """One line that says what is wrong and what to do; the tools print it and exit with code 2."""
@@ -8,3 +11,25 @@ class FastViTError(ValueError):
 def one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+def require(what: str, *packages: str) -> ModuleType:
+    """Import packages that are optional; gives the first.
+
+    Args:
+        what: needs them, in the user's words: a file, a format, an option.
+        packages: their names on PyPI, which are those to import.
+
+    Raises:
+        FastViTError: some are not installed; says what installs them.
+    """
+    modules, missing = [], []
+    for package in packages:
+        try:
+            modules.append(importlib.import_module(package))
+        except ImportError:
+            missing.append(package)
+    if missing:
+        names = ' '.join(missing)
+        raise FastViTError(f'{what} needs {" and ".join(missing)}: pip install {names}')
+    return modules[0]

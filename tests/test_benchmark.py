@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,45 @@ def test_ratio_is_taken_turn_by_turn(tool):
     spread = tool.measure.ratio(slow, fast)
     assert (spread.median, spread.low, spread.high) == (2.0, 2.0, 2.5)
     assert tool.measure.geometric_mean([1.0, 4.0]) == pytest.approx(2)
+
+
+def test_a_ratio_above_one_means_that_ours_is_faster(tool, monkeypatch):
+    """Where the tables say it: twice as fast in the better layouts, thrice in the contiguous."""
+    sides = importlib.import_module('benchmarks.sides')
+    seconds = {
+        'ours, contiguous': 2.0,
+        'ours, channels last': 1.0,
+        'timm, contiguous': 6.0,
+        'timm, channels last': 2.0,
+    }
+    monkeypatch.setattr(
+        tool.measure, 'interleave', lambda calls, *_: {name: [seconds[name]] * 3 for name in calls}
+    )
+    calls = dict.fromkeys(sides.LAYOUTS, lambda: torch.ones(1))
+    outcome = sides.contest(dict(ours=calls, timm=calls), 1, 'cpu')
+    assert (outcome.ratio.median, outcome.contiguous.median, outcome.seconds) == (2, 3, 1)
+    assert outcome.row['ratio'] == outcome.ratio
+    assert outcome.row['ratio, contiguous'] == outcome.contiguous
+    assert outcome.row['faster layouts'] == 'channels last / channels last'
+
+
+def test_how_many_times_faster_than_the_networks_of_the_paper(tool, monkeypatch):
+    """The paper's own ratios, from latencies that have them: its claim and ours side by side."""
+    compare = importlib.import_module('benchmarks.compare')
+    seconds = {compare.CLAIMANT: 0.5} | {k: 0.5 * v for k, v in compare.CLAIMS.items()}
+    measured = {name: [time] * 3 for name, time in seconds.items()}
+    monkeypatch.setattr(compare, 'quickest', lambda *_: (lambda: torch.ones(1), 'contiguous', 1))
+    monkeypatch.setattr(tool.measure, 'interleave', lambda *_: measured)
+    monkeypatch.setattr(compare, 'scatter', lambda *_: None)
+    report = tool.Report('command', {'CPU': ''}, {})
+    args = SimpleNamespace(
+        archs=list(seconds), runtime='torch', dtype='fp32', batch=1, seconds=1, device='cpu'
+    )
+    compare.run(args, report)
+    rows = report.tables['How many times faster']
+    assert {row[f'{compare.CLAIMANT} against'] for row in rows} == set(compare.CLAIMS)
+    for row in rows:
+        assert row['measured ratio'].median == pytest.approx(row['published, iPhone 12 Pro'])
 
 
 def test_agreement(tool):

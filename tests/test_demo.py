@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
@@ -72,6 +73,27 @@ def test_coco_polygons_boxes_and_areas_agree(root, split):
         assert (covered <= 1).mean() > 0.99  # the polygons hold the visible parts
         overlap += (covered > 1).sum()
     assert len(sizes) > 1 and len(per_image) > 2
+
+
+def test_coco_categories_name_the_shapes(root):
+    """By OpenCV's geometry: how much of its convex hull, and that of the circle around, a shape
+    fills. Others hide parts of some, hence medians."""
+    coco = COCO(str(root / 'coco/annotations/instances_train2017.json'))
+    shapes = {
+        'circle': (1, 0.9),
+        'cross': (0.71, 0.8),
+        'moon': (0.76, 0.45),  # half a disc has half of the circle around it
+        'star': (0.55, 0.7),
+        'triangle': (1, 0.42),  # 3 sqrt(3) / 4 pi
+    }
+    for category in coco.loadCats(coco.getCatIds()):
+        fills = []
+        for one in coco.loadAnns(coco.getAnnIds(catIds=category['id'])):
+            line = np.float32(one['segmentation'][0]).reshape(-1, 2)
+            hull = cv2.contourArea(cv2.convexHull(line))
+            circle = np.pi * cv2.minEnclosingCircle(line)[1] ** 2
+            fills.append((cv2.contourArea(line) / hull, hull / circle))
+        assert np.median(fills, 0) == pytest.approx(shapes[category['name']], abs=0.05)
 
 
 @pytest.mark.parametrize('split', ['training', 'validation'])

@@ -1,6 +1,8 @@
 """Exported files: run by runtimes that are not ours, held against the models they came from."""
 
+import copy
 import json
+import sys
 from collections import Counter
 
 import mmcv
@@ -9,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from randomize import randomize, relative
 from test_tools import (
     CLASSIFICATION,
@@ -25,7 +27,8 @@ from test_tools import (
 import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.demo import apply_demo
-from fastvit_mm.export import FORMATS, Session, export, verify
+from fastvit_mm.export import FORMATS, Session, attach, export, verify
+from fastvit_mm.export.verify import Limits, compare_detections
 from fastvit_mm.reparameterize import absorb_output_norms, reparameterize
 
 tasks = pytest.mark.parametrize('task', CONFIGS, ids=['seg', 'det', 'cls'])
@@ -45,7 +48,9 @@ def models(tmp_path_factory):
         apply_demo(cfg, folder / 'data')
         if task == DETECTION:
             cfg.model.test_cfg.rcnn.score_thr = 0.5
-        model = fastvit_mm.init_model(cfg)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the detector's heads stay as they are initialized
+            model = fastvit_mm.init_model(cfg)
         randomize(model.backbone if task == DETECTION else model)
         if task == DETECTION:
             # Scores short of 1, which would all be equal, and masks larger than their rim.
@@ -120,7 +125,7 @@ def test_nodes_are_those_of_the_paper(arch, tmp_path):
     # to and from (B, N, C), heads apart, k transposed, heads together: views, no arithmetic
     views = {'Reshape', 'Transpose', 'Split', 'Slice', 'Squeeze', 'Gather', 'Unsqueeze'}
     assert set(found) - views <= {'Conv', 'Gelu', 'Add', 'MatMul', 'Softmax'}
-    assert set(found) & views == set() if not attention else True
+    assert sum(found[view] for view in views) <= 17 * attention
 
 
 def test_output_norms_go_into_the_laterals(models, tmp_path):
@@ -170,10 +175,12 @@ def test_onnx_files_explain_themselves(models, tmp_path):
 
 def test_detections_are_mmdets(models, tmp_path):
     """One file, images of several sizes, against mmdet's own prediction from a picture file."""
-    model, _, _ = models[DETECTION]
+    model = copy.deepcopy(models[DETECTION][0])
     path = tmp_path / 'model.onnx'
     export(model, path, size=SIZE)
     session = onnxruntime.InferenceSession(path)
+    # masks as probabilities, in 255ths
+    model.roi_head.test_cfg = ConfigDict(model.test_cfg.rcnn, mask_thr_binary=-1)
     mean, std = (model.data_preprocessor.get_buffer(k).numpy() for k in ('mean', 'std'))
     found = 0
     for seed, (height, width) in enumerate([(64, 64), (70, 101), (131, 64), (96, 200)]):
@@ -182,9 +189,10 @@ def test_detections_are_mmdets(models, tmp_path):
         config = Config(model.cfg.to_dict())
         scale = dict(type='Resize', scale=(width, height), keep_ratio=False)
         config.test_dataloader.dataset.pipeline[1] = scale
-        model.cfg, before = config, model.cfg
+        model.cfg = config
         wanted = fastvit_mm.inference(model, tmp_path / 'image.png').pred_instances
-        model.cfg = before
+        chances = (np.asarray(wanted.masks) + 0.5) / 255
+        sure = np.abs(chances - 0.5) > 0.05  # rounding decides on the others
         given = ((image.transpose(2, 0, 1) - mean) / std)[None].astype(np.float32)
         boxes, scores, labels, masks, crops = session.run(None, {'image': given})
         assert len(boxes) == len(wanted) and masks.shape == (len(boxes), height, width)
@@ -196,10 +204,8 @@ def test_detections_are_mmdets(models, tmp_path):
             )
             twin = np.flatnonzero(same & (np.abs(wanted.scores.numpy() - scores[i]) < 1e-3))
             assert len(twin), (boxes[i], scores[i])
-            candidates = torch.as_tensor(wanted.masks).numpy()[twin]
-            mask = min(candidates, key=lambda mask: (mask ^ masks[i]).sum())
-            overlap = (mask & masks[i]).sum() / max(1, (mask | masks[i]).sum())
-            assert overlap >= 0.99 or (mask ^ masks[i]).sum() <= 2  # of a mask of few pixels
+            wrong = ((chances[twin] >= 0.5) ^ masks[i]) & sure[twin]
+            assert not wrong.any((1, 2)).all()
         found += len(boxes)
     assert found > 10
     # nothing found is an answer too
@@ -228,6 +234,86 @@ def test_the_metric_of_the_file(models, task, format, tool, tmp_path):  # noqa: 
         if 'time' not in key:
             assert scale * got[key] == pytest.approx(scale * value, abs=0.1), key
     refusal(tool('test', config, path, '--reparam'), 'leave out --reparam')
+
+
+def square(chance, *, size=20, row=None):
+    """One detection whose mask has a chance of ``chance`` in its upper half, ``row`` its own."""
+    soft = torch.zeros(1, size, size)
+    soft[:, : size // 2] = chance
+    if row is not None:
+        soft[:, size // 2] = row
+    box = torch.tensor([[0.0, 0.0, size, size]])
+    return dict(boxes=box, scores=torch.tensor([0.9]), labels=torch.tensor([1]), masks=soft)
+
+
+@pytest.mark.parametrize(
+    'wanted, got, explained',
+    [
+        (0.5019, 0.4981, True),  # an edge on the centres of its pixels: either is right
+        (0.4981, 0.5019, True),
+        (0.54, 0.4, True),
+        (0.56, 0.4, False),  # sure of what the file leaves out
+        (0.44, 0.6, False),
+        (1, 0, False),
+    ],
+)
+def test_a_row_of_a_mask_may_differ_if_rounding_decides(wanted, got, explained):
+    wanted, got = square(0.9, row=wanted), square(0.9, row=got)
+    wanted['masks'] = (wanted['masks'] * 255).to(torch.uint8)  # as mmdet gives them
+    got['masks'] = got['masks'] >= 0.5
+    cfg = ConfigDict(score_thr=0.05, max_per_img=100, mask_thr_binary=0.5)
+    verdict = compare_detections([(wanted, got)], cfg, Limits())
+    assert verdict.explained == explained, verdict.text
+
+
+def test_onnx_runtime_computes_where_the_model_is(models, tmp_path, monkeypatch):
+    """In float32 there as well: TF32 keeps three digits."""
+    model = models[CLASSIFICATION][0]
+    path = tmp_path / 'model.onnx'
+    export(model, path, size=(64, 64))
+    asked, session = [], onnxruntime.InferenceSession
+
+    def recorded(path, options, providers):
+        asked.append(providers)
+        return session(path, options, providers=['CPUExecutionProvider'])
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', recorded)
+    cuda = ('CUDAExecutionProvider', dict(device_id=1, use_tf32=0))
+    for found in (['CPUExecutionProvider'], ['Tensorrt', cuda[0], 'CPUExecutionProvider']):
+        monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda found=found: found)
+        Session(path)
+        Session(path, 'cuda:1')
+        attach(copy.deepcopy(model), path)
+    cpu = ['CPUExecutionProvider']
+    assert asked == [cpu, cpu, cpu, cpu, [cuda, *cpu], cpu]
+
+
+def test_the_model_of_an_onnx_file_may_be_on_a_gpu(models, tmp_path, monkeypatch):
+    """Whose device the session gets, though all else of it is on the CPU."""
+    path = tmp_path / 'model.onnx'
+    export(models[CLASSIFICATION][0], path, size=(64, 64))
+    asked = []
+
+    def session(path, device):
+        asked.append(torch.device(device))
+        return Session(path)
+
+    monkeypatch.setattr('fastvit_mm.export.runtime.Session', session)
+    attach(copy.deepcopy(models[CLASSIFICATION][0]).to('meta'), path)
+    assert asked == [torch.device('meta')]
+
+
+@pytest.mark.parametrize('preprocess', [False, True])
+def test_bgr_is_refused(models, tmp_path, preprocess):
+    """Files take RGB: a model that was trained on BGR would answer wrongly without a word."""
+    for task in CONFIGS:
+        model = copy.deepcopy(models[task][0])
+        for name in ('to_rgb', 'channel_conversion', '_channel_conversion'):
+            if hasattr(model.data_preprocessor, name):
+                setattr(model.data_preprocessor, name, False)
+        with pytest.raises(FastViTError, match='BGR'):
+            export(model, tmp_path / 'model.onnx', size=SIZE, preprocess=preprocess)
+    assert not list(tmp_path.iterdir())
 
 
 def test_fixed_sizes_and_batches(models, tmp_path):
@@ -310,16 +396,17 @@ def test_what_cannot_be_exported(models, tool, tmp_path, monkeypatch):  # noqa: 
     detector = ('export', *models[DETECTION][1:], '--out', tmp_path / 'model.onnx')
     refusal(tool(*detector, '--batch', '2'), 'one image at a time')
     assert not list(tmp_path.iterdir())
-    for package, extra, format in (
-        ('onnxscript', 'onnx', 'onnx'),
-        ('openvino', 'openvino', 'openvino'),
-        ('coremltools', 'coreml', 'coreml'),
+    for package, format in (
+        ('onnxscript', 'onnx'),
+        ('onnxruntime', 'onnx'),
+        ('openvino', 'openvino'),
+        ('coremltools', 'coreml'),
     ):
         with monkeypatch.context() as patch:
-            patch.setitem(__import__('sys').modules, package, None)
+            patch.setitem(sys.modules, package, None)
             out = tmp_path / f'model{FORMATS[format].suffix}'
             result = tool('export', config, checkpoint, '--format', format, '--out', out)
-            refusal(result, f'pip install fastvit_mm[{extra}]')
+            refusal(result, f'file needs {package}: pip install {package}')
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -291,8 +292,26 @@ def test_refusals(tool, cases, tmp_path):
     assert path.read_bytes() == before and len(list(folder.rglob('*'))) == 3
 
 
-def test_help(tool, capfd):
-    assert tool('infer', '--help')[0] in (0, None)
+def test_help(capsys):
+    """Every argument and what it is for, in an order that can be typed."""
+    with pytest.raises(SystemExit) as end:
+        test_tools.load_tool('infer').main(['--help'])
+    assert end.value.code == 0
+    text = ' '.join(capsys.readouterr().out.split())
+    assert re.search(r'usage: .* --out OUT .* config checkpoint input', text)
+    for words in (
+        'config file',
+        'weights of any layout, or an exported file',
+        'image, folder, video, or - for stdin',
+        '--out OUT folder',
+        '--score-thr SCORE_THR least score of a box, 0 to 1 (0.3)',
+        "--json write COCO's formats",
+        '--device DEVICE cpu, cuda',
+        '--reparam use the deploy form',
+        '--demo shrink',
+        '--cfg-options',
+    ):
+        assert words in text
 
 
 META = dict(classes=('sky', 'tree', 'car'), palette=[[0, 0, 255], [0, 255, 0], [255, 0, 0]])

@@ -128,6 +128,28 @@ def test_the_wheel_holds_the_configs_and_the_package(wheel):
     assert any(name.endswith('LICENSE') for name in names)
 
 
+def test_the_source_archive_is_a_whole_checkout(tmp_path):
+    """Its tools run, the benchmark among them, which needs more than the package."""
+    folders = ('benchmarks', 'configs', 'docs', 'fastvit_mm', 'tests', 'tools')
+    tree, unpacked = tmp_path / 'tree', tmp_path / 'unpacked'
+    ignore = shutil.ignore_patterns('__pycache__', '.mim')
+    for name in folders:
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith('.'):
+            shutil.copy(path, tree)
+    wanted = {path.relative_to(tree) for path in tree.rglob('*') if path.is_file()}
+    build = f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})'
+    code, out, err = python(build, cwd=tree)
+    assert code == 0, out + err
+    shutil.unpack_archive(next(tmp_path.glob('*.tar.gz')), unpacked, filter='data')
+    (root,) = unpacked.iterdir()
+    assert not wanted - {path.relative_to(root) for path in root.rglob('*')}
+    env = {**os.environ, 'PYTHONPATH': str(root)}
+    code, out, err = run(sys.executable, root / 'tools/benchmark.py', '--help', cwd=root, env=env)
+    assert code == 0 and 'deploy' in out, err
+
+
 def test_a_build_leaves_the_package_in_the_tree_as_it_was(wheel, tree):
     assert not (tree / 'fastvit_mm' / '.mim').exists()
 
@@ -223,8 +245,8 @@ def test_without_a_family_the_import_says_what_to_install():
     assert code == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith('ImportError: ')
-    assert 'pip install fastvit_mm[onedl]' in last
-    assert 'fastvit_mm[openmmlab]' in last
+    assert "in its checkout, pip install '.[onedl]'" in last
+    assert "pip install '.[openmmlab]'" in last
 
 
 @pytest.mark.skipif(shutil.which('make') is None, reason='make is not installed')

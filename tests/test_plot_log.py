@@ -181,9 +181,9 @@ def test_tensorboard_holds_the_scalars(tool, tmp_path, monkeypatch):
 
 def test_tensorboard_is_not_there(tool, home, monkeypatch):
     """Said before anything is drawn or written."""
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    monkeypatch.setitem(sys.modules, 'tensorboard', None)
     result = tool('train', DETECTION, '--demo', '--tensorboard')
-    refusal(result, '--tensorboard', 'pip install fastvit_mm[tensorboard]')
+    refusal(result, '--tensorboard', 'pip install tensorboard')
     assert not (home / 'work_dirs').exists() and not (home / 'data/demo/coco').exists()
 
 

@@ -7,16 +7,7 @@ from mmengine.config import Config
 
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch, weights
-from fastvit_mm.errors import FastViTError
-
-
-def check_tensorboard() -> None:
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise FastViTError(
-            '--tensorboard needs tensorboard: pip install fastvit_mm[tensorboard]'
-        ) from error
+from fastvit_mm.errors import FastViTError, require
 
 
 def log_to_tensorboard(cfg: Config) -> None:
@@ -42,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     if args.tensorboard:
-        check_tensorboard()
+        require('--tensorboard', 'tensorboard')
     cfg = launch.load_config(args)
     if args.amp:
         if not torch.cuda.is_available():

@@ -1,10 +1,9 @@
 """Writing: one trace of a graph by torch.export, from which every format is made."""
 
-import importlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn as nn
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from torch.export import Dim, ExportedProgram
 
-from fastvit_mm.errors import FastViTError
+from fastvit_mm.errors import FastViTError, require
 from fastvit_mm.reparameterize import absorb_output_norms, deploy_form
 
 from .graphs import Detector, Graph, graph_of, kind_of
@@ -26,20 +25,6 @@ DYNAMIC = (160, 224)
 
 #: Key of the JSON in a file's metadata that says what the file takes and gives.
 KEY = 'fastvit_mm'
-
-
-def require(package: str, extra: str):
-    """Import what a format needs.
-
-    Raises:
-        FastViTError: not installed; names the extra of ours that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise FastViTError(
-            f'{package} is not installed: pip install fastvit_mm[{extra}]'
-        ) from error
 
 
 def example(graph: Graph, size: tuple[int, int], batch: int, planes: bool) -> torch.Tensor:
@@ -194,21 +179,21 @@ class Format:
         suffix: of its files.
         write: from the trace, the graph, a path and the file's description.
         half: the dtype that ``half`` traces the network in; None where the writer reduces it.
-        needs: the packages that write it, each with the extra of ours that installs it.
+        needs: the packages that write and verify it.
     """
 
     suffix: str
     write: Callable[[ExportedProgram, Graph, Path, dict], None]
     half: torch.dtype | None = None
-    needs: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
-ONNX = dict(onnx='onnx', onnxscript='onnx')
+ONNX = ('onnx', 'onnxscript')
 FORMATS = {
-    'onnx': Format('.onnx', write_onnx, torch.float16, ONNX),
+    'onnx': Format('.onnx', write_onnx, torch.float16, (*ONNX, 'onnxruntime')),
     'torch': Format('.pt2', write_torch, torch.bfloat16),
-    'openvino': Format('.xml', write_openvino, needs=dict(openvino='openvino') | ONNX),
-    'coreml': Format('.mlpackage', write_coreml, needs=dict(coremltools='coreml')),
+    'openvino': Format('.xml', write_openvino, needs=('openvino', *ONNX)),
+    'coreml': Format('.mlpackage', write_coreml, needs=('coremltools',)),
 }
 
 
@@ -246,8 +231,8 @@ def export(
     if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9):
         raise FastViTError(f'exporting needs torch 2.9 or newer, this is {torch.__version__}')
     path, chosen = Path(path), FORMATS[format]
-    for package, extra in chosen.needs.items():
-        require(package, extra)
+    if chosen.needs:
+        require(f'a {chosen.suffix} file', *chosen.needs)
     model = merge(model)
     detector = kind_of(model) is Detector
     dtype = torch.float16 if detector and chosen.half else chosen.half  # boxes need its digits
@@ -272,8 +257,8 @@ def export(
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with nothing left to merge, whichever form it has."""
-    merged = deploy_form(model)
+    """A copy of ``model`` on the CPU with nothing left to merge, whichever form it has."""
+    merged = deploy_form(model).cpu()
     absorb_output_norms(merged)
     for module in merged.modules():  # those of necks and heads
         if isinstance(module, ConvModule) and module.order[:2] == ('conv', 'norm'):

@@ -45,8 +45,8 @@ class Graph(nn.Module):
         self.model = plain_layers(model)
         self.half = half
         self.preprocess = preprocess
+        mean, std = normalization(model)
         if preprocess:
-            mean, std = normalization(model)
             self.register_buffer('mean', mean)
             self.register_buffer('std', std)
         if half:
@@ -240,7 +240,7 @@ class Detector(Graph):
         classes = scores.shape[1]
         of_classes = proposals[:, None].expand(-1, classes, 4).reshape(-1, 4)
         boxes = decode(head.bbox_coder, of_classes, deltas.reshape(-1, 4), size)
-        labels = torch.arange(classes).expand_as(scores).reshape(-1)
+        labels = torch.arange(classes, device=scores.device).expand_as(scores).reshape(-1)
         scores = scores.reshape(-1)
         sure = (scores > cfg.score_thr).nonzero().squeeze(1)
         boxes, scores, labels = boxes[sure], scores[sure], labels[sure]

@@ -9,34 +9,41 @@ import torch.nn as nn
 import torchvision  # noqa: F401  (its operators are in exported detectors)
 from torch import Tensor
 
-from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.errors import FastViTError, one_line, require
 
-from .formats import KEY, require
+from .formats import KEY
 from .graphs import kind_of, normalization
 
 #: Files that this machine can run.
 SUFFIXES = ('.onnx', '.pt2', '.xml')
 
 
-def onnx_session(path: Path):
-    runtime = require('onnxruntime', 'onnx')
+def onnx_session(path: Path, device: torch.device):
+    runtime = require(path.name, 'onnxruntime')
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    # on the CPU: others may compute in less than float32
-    session = runtime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    session = runtime.InferenceSession(path, options, providers=providers(runtime, device))
     name = session.get_inputs()[0].name
     info = session.get_modelmeta().custom_metadata_map.get(KEY)
     return info, lambda image: session.run(None, {name: image})
 
 
-def torch_session(path: Path):
+def providers(runtime, device: torch.device) -> list:
+    """What ONNX Runtime computes with, the first choice first; in float32 wherever."""
+    found = ['CPUExecutionProvider']  # no other one: they may compute in less
+    if device.type == 'cuda' and 'CUDAExecutionProvider' in runtime.get_available_providers():
+        found.insert(0, ('CUDAExecutionProvider', dict(device_id=device.index or 0, use_tf32=0)))
+    return found
+
+
+def torch_session(path: Path, device: torch.device):
     extra = {KEY: ''}
     module = torch.export.load(path, extra_files=extra).module()
     return extra[KEY], lambda image: [t.numpy() for t in module(torch.from_numpy(image))]
 
 
-def openvino_session(path: Path):
-    openvino = require('openvino', 'openvino')
+def openvino_session(path: Path, device: torch.device):
+    openvino = require(path.name, 'openvino')
     model = openvino.Core().read_model(path)
     info = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
     # Some processors would else compute in bfloat16 what was exported in float32.
@@ -56,6 +63,9 @@ def is_exported(path: str | Path | None) -> bool:
 class Session:
     """An exported file, ready to run.
 
+    Args:
+        device: where an ONNX file runs, if ONNX Runtime can; all others run on the CPU.
+
     Attributes:
         info: what the file says of itself (see :func:`fastvit_mm.export.export`).
 
@@ -64,14 +74,14 @@ class Session:
             not installed.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, device: str | torch.device = 'cpu'):
         self.path = Path(path)
         if not is_exported(path):
             raise FastViTError(f'{path}: only {", ".join(SUFFIXES)} files can be run here')
         if not self.path.exists():
             raise FastViTError(f'{path} does not exist')
         try:
-            info, self.call = SESSIONS[self.path.suffix](self.path)
+            info, self.call = SESSIONS[self.path.suffix](self.path, torch.device(device))
         except FastViTError:
             raise
         except Exception as error:
@@ -117,13 +127,13 @@ def attach(model: nn.Module, path: str | Path) -> nn.Module:
     """Let an exported file answer in place of a model's layers, in place.
 
     What comes before and after stays the package's own: normalizing, windows, resizing to the
-    original, metrics.
+    original, metrics. An ONNX file runs on the model's device, if ONNX Runtime can.
 
     Raises:
         FastViTError: as :class:`Session`; a file of another task or with other classes; a model
             of which no file can be made.
     """
-    session = Session(path)
+    session = Session(path, next(model.parameters()).device)
     task, wanted = session.info['task'], kind_of(model).task()
     if task != wanted:
         raise FastViTError(f'{path} is a {task}, the config has a {wanted}')

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from mmengine.config import ConfigDict
 from torch import Tensor
 
+from fastvit_mm.errors import require
 from fastvit_mm.reparameterize import distance
 
-from .formats import FORMATS, KEY, merge, require
+from .formats import FORMATS, KEY, merge
 from .graphs import Graph, graph_of, normalization
 from .runtime import Session
 
@@ -26,19 +28,21 @@ LIMIT = 0.05
 class Limits:
     """What mmdet's own prediction and an exported detector may differ by.
 
-    Rounding moves a box a little and with it the rim of its mask, so that masks which differ by no
-    more than ``rim`` pixels count as the same.
+    Rounding moves a box a little and the probabilities of its mask with it. Where they are near the
+    threshold it decides: a whole row of pixels, if the edge of a box falls on their centres. Pixels
+    within ``margin`` of the threshold do not count, nor do ``rim`` more.
     """
 
     box: float = 0.5  # pixels
     score: float = 1e-3
     mask: float = 0.99  # overlap
-    rim: int = 2
+    margin: float = 0.05  # of probabilities
+    rim: int = 0  # pixels
     lost: float = 0.0  # share without a counterpart
 
 
 #: For float16 features, which may also decide whether one box suppresses another.
-HALF_LIMITS = Limits(score=2e-2, mask=0.95, lost=0.05)
+HALF_LIMITS = Limits(score=2e-2, mask=0.95, rim=2, lost=0.05)
 
 
 @dataclass
@@ -68,15 +72,17 @@ def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> 
         model: what was given to :func:`fastvit_mm.export.export`.
         images: uint8 RGB, (H, W, 3), of the file's size.
     """
-    path = Path(path)
+    path, model = Path(path), copy.deepcopy(model).cpu()
     if path.suffix == FORMATS['coreml'].suffix:
         return verify_coreml(model, path)
     session = Session(path)
     info = session.info
     if info['task'] == 'detector':
+        cfg, limits = model.test_cfg.rcnn, HALF_LIMITS if info['half'] else Limits()
+        # so that mmdet gives the probabilities of masks
+        model.roi_head.test_cfg = ConfigDict(cfg, mask_thr_binary=-1)
         pairs = [detections(model, session, image) for image in images]
-        limits = HALF_LIMITS if info['half'] else Limits()
-        return compare_detections(pairs, model.test_cfg.rcnn, limits)
+        return compare_detections(pairs, cfg, limits)
     output = info['outputs'][0]
     reference = graph_of(copy.deepcopy(model), output=output).eval()
     exact = copy.deepcopy(reference).double()
@@ -107,12 +113,15 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def normalize(model: nn.Module, image: np.ndarray) -> Tensor:
     """(1, 3, H, W) as the model wants it."""
-    mean, std = (t.cpu() for t in normalization(model))
+    mean, std = normalization(model)
     return ((torch.from_numpy(image).permute(2, 0, 1).float() - mean) / std)[None]
 
 
 def detections(model: nn.Module, session: Session, image: np.ndarray) -> tuple[dict, dict]:
-    """What mmdet predicts for an image of its own size, and what the file gives."""
+    """What mmdet predicts for an image of its own size, and what the file gives.
+
+    mmdet's ``masks`` are probabilities, in 255ths.
+    """
     from mmdet.structures import DetDataSample
 
     height, width = image.shape[:2]
@@ -139,10 +148,8 @@ def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict, limits: Limits
             box = max(box, float((wanted['boxes'][rows] - got['boxes'][columns]).abs().max()))
             score = max(score, float((wanted['scores'][rows] - got['scores'][columns]).abs().max()))
         if 'masks' in wanted:
-            a, b = wanted['masks'][rows].flatten(1), got['masks'][columns].flatten(1)
-            large = (a ^ b).sum(1) > limits.rim
-            overlap = (a & b).sum(1)[large] / (a | b).sum(1)[large]
-            mask = min([mask, *overlap.tolist()])
+            masks = wanted['masks'][rows], got['masks'][columns]
+            mask = min([mask, *overlaps(*masks, cfg.mask_thr_binary, limits)])
     if not count + lost:
         return Verdict(
             False,
@@ -155,6 +162,15 @@ def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict, limits: Limits
     )
     explained = score <= limits.score and mask >= limits.mask and lost <= limits.lost * count
     return Verdict(explained, text)
+
+
+def overlaps(wanted: Tensor, got: Tensor, threshold: float, limits: Limits) -> list[float]:
+    """Of masks (N, H, W) that differ: probabilities in 255ths, and what was made of others."""
+    wanted, got = (wanted.flatten(1).float() + 0.5) / 255, got.flatten(1)
+    sure = (wanted - threshold).abs() > limits.margin
+    a, b = (wanted >= threshold) & sure, got & sure
+    differ = (a ^ b).sum(1) > limits.rim
+    return ((a & b).sum(1)[differ] / (a | b).sum(1)[differ]).tolist()
 
 
 def match(wanted: dict, got: dict, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +198,7 @@ def missed(found: dict, matched: np.ndarray, cfg: dict, limits: Limits) -> int:
 
 def verify_coreml(model: nn.Module, path: Path) -> Verdict:
     """Hold a Core ML file's operators and weights against the reparameterized model's."""
-    coremltools = require('coremltools', 'coreml')
+    coremltools = require(path.name, 'coremltools')
     package = coremltools.models.MLModel(str(path), skip_model_load=True)
     info = json.loads(package.user_defined_metadata[KEY])
     graph = graph_of(merge(model), info['preprocess'], output=info['outputs'][0])
