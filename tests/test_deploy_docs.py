@@ -60,7 +60,9 @@ class Project:
         config = shallow(task, folder).rename(folder / 'my_config.py')
         if task == DETECTION:
             config.write_text(config.read_text() + FEW)
-        model = fastvit_mm.init_model(config)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # a detector's heads stay as they are initialized
+            model = fastvit_mm.init_model(config)
         randomize(model.backbone if task == DETECTION else model)
         if task == DETECTION:
             with torch.no_grad():  # sure of something, but not of all the same

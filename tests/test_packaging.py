@@ -194,9 +194,9 @@ def load_configs(target, expected, cwd):
         for name in shipped()
         if name.endswith('.py') and '_base_' not in name.split('/')
     )
-    # -S keeps an editable install of the environment from being found first
+    # -S keeps an editable install of the environment from being found first, -E a PYTHONPATH
     packages = sysconfig.get_paths()['purelib']
-    command = (sys.executable, '-S', '-W', 'ignore', '-c', LOAD)
+    command = (sys.executable, '-S', '-E', '-W', 'ignore', '-c', LOAD)
     code, out, err = run(*command, target, packages, expected, *names, cwd=cwd)
     assert code == 0, err
     assert out.splitlines()[-1] == f'loaded {len(names)}'
