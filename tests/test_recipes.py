@@ -26,7 +26,7 @@ from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 CLASSIFICATION = [c for c in CONFIGS if 'classification' in c]
-DENSE = [c for c in CONFIGS if 'classification' not in c]
+DENSE = [c for c in CONFIGS if c.split('/')[1] in ('detection', 'segmentation')]
 
 
 def facts(path):
