@@ -82,7 +82,7 @@ def model(task, tmp_path):
 
 def test_tensors_of_two_devices_are_told(gpu):
     """Otherwise nothing here would prove anything."""
-    with gpu, pytest.raises(Exception, match='cuda:0.* cpu'):
+    with gpu, pytest.raises(Exception, match=r'cuda:0.* cpu'):
         nn.Conv2d(3, 4, 1).to(CUDA)(torch.ones(1, 3, 2, 2, device=CUDA)) + torch.ones(4, 2, 2)
 
 
@@ -217,8 +217,8 @@ def test_training_step(arch, with_cp):
     with torch.device('meta'):
         theirs = timm.create_model(f'fastvit_{arch}').train()
     ours_, theirs_ = count(ours, x), count(lambda x: [theirs.stages(theirs.stem(x))], x)
-    assert ours_[0] <= theirs_[0]
-    assert with_cp or ours_[1] <= theirs_[1]
+    if not with_cp:  # which issues more of its own
+        assert ours_[0] <= theirs_[0] and ours_[1] <= theirs_[1]
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name
         assert parameter.grad.device.type == 'meta'
