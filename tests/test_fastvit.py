@@ -270,7 +270,7 @@ def test_initial_weights():
         (dict(arch=dict(depths=(1, 1, 1, 1))), ['widths']),
         (dict(arch=dict(depths=(1, 1, 1), widths=(8, 8, 8, 8))), ['depths', 'four']),
         (dict(arch=dict(depths=(1,) * 4, widths=(8,) * 4, attention=(0, 0, 0, 1))), ['32']),
-        (dict(arch=dict(depths=(1,) * 4, widths=(8, 12, 24, 48))), ['12', 'multiple of 8']),
+        (dict(arch=dict(depths=(1,) * 4, widths=(8, 12, 24, 48))), ['12', 'multiple', '8']),
         (dict(out_indices=(0, 4)), ['out_indices', '(0, 4)']),
         (dict(out_indices=()), ['out_indices']),
         (dict(frozen_stages=5), ['frozen_stages', '5']),
