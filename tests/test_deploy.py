@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import torch
 import torch.nn as nn
 from randomize import randomize, relative
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import SqueezeExcitation
 
-from fastvit_mm import FastViT, FastViTNeck
+from fastvit_mm import FastViT, FastViTError, FastViTNeck
 from fastvit_mm.models import deploy, onednn
 from fastvit_mm.models.deploy import DeployConv, Deployed, DeployFFN, DeployStem
 from fastvit_mm.models.onednn import Rearranged
@@ -169,6 +171,41 @@ def test_a_hook_sees_whole_images(monkeypatch, deployed, x):
     with torch.no_grad():
         deployed(x)
     assert seen == [(2, 16, 32, 48), (2, 48, 16, 24)]
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda stem: stem[0].act.register_forward_hook(lambda m, args, y: None),
+        lambda stem: setattr(stem[1], 'se', SqueezeExcitation(16, 4)),
+        lambda stem: setattr(stem[2], 'act', nn.Softmax(2)),
+        lambda stem: stem.pop(2),
+    ],
+    ids=['hook', 'se', 'softmax', 'a part less'],
+)
+def test_a_changed_stem_has_no_strips(monkeypatch, deployed, change):
+    stem, x = deployed.stem, torch.randn(2, 3, 67, 130)
+    change(stem)
+    wanted = stem(x).detach()
+    seen = []
+    stem[0].act.register_forward_hook(lambda m, args, y: seen.append(y.shape[2]))
+    monkeypatch.setattr(deploy, 'LARGE', 0)
+    monkeypatch.setattr(deploy, 'STRIP', 1)
+    with torch.no_grad():
+        assert relative(stem(x), wanted) < 1e-5
+    assert seen == [34]
+
+
+def test_an_image_without_a_batch(deployed):
+    conv = deployed.stem[0]
+    with torch.no_grad():
+        assert relative(conv(torch.ones(3, 32, 32)), conv(torch.ones(1, 3, 32, 32))[0]) < 1e-5
+
+
+def test_a_norm_without_statistics_cannot_merge():
+    model = FastViT(ARCH, norm_cfg=dict(type='BN', track_running_stats=False))
+    with pytest.raises(FastViTError, match='running statistics'):
+        model.switch_to_deploy()
 
 
 def test_without_onednn(monkeypatch, deployed, x):
@@ -370,15 +407,13 @@ with torch.inference_mode():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='about glibc')
-@pytest.mark.skipif(
-    torch.__version__ < '2.14', reason='with torch 2.10 some 17,000 pages come anew, whatever we do'
-)
 def test_memory_is_recycled():
     """A second pass finds the first one's memory: hardly a page comes from the system anew.
 
     In a process of its own, as it depends on what others have left in the heap.
     """
-    run = subprocess.run([sys.executable, '-c', FAULTS], capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_'))}
+    run = subprocess.run([sys.executable, '-c', FAULTS], env=env, capture_output=True, text=True)
     faults = [int(line) for line in run.stdout.split()]
     assert len(faults) == 5, run.stderr[-500:]
-    assert min(faults[2:]) < 4000, faults  # 24,900 when large blocks went back to the system
+    assert max(faults[2:]) < 2000, faults  # 24,900 when large blocks went back to the system

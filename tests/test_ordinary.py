@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
+from mmcv.cnn.bricks import DropPath
 from randomize import randomize, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
@@ -16,6 +17,7 @@ from fastvit_mm import FastViT
 from fastvit_mm.models.deploy import DeployFFN
 from fastvit_mm.models.fastvit import ConvFFN
 from fastvit_mm.models.fused_training import set_fused
+from fastvit_mm.models.rep_conv import LayerScale
 
 ARCH = dict(depths=(1, 1, 1, 1), widths=(16, 32, 64, 64), attention=(0, 0, 0, 1), ffn_ratio=2)
 FORMS = ['training', 'eval', 'deploy']
@@ -311,3 +313,58 @@ def test_modes_see_pytorchs_own_operators(form, mode):
     assert not any('mkldnn' in name for name in watch.seen)
     kinds = ('aten.convolution', 'aten.addmm', 'aten.mm', 'conv2d', 'linear')
     assert sum(name.startswith(kinds) for name in watch.seen) == layers
+
+
+def test_active_drop_path_in_the_deploy_form():
+    """Stochastic depth at test time: only the drop paths are in training mode."""
+    model = network('deploy', drop_path_rate=0.5)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.train()
+    x = images()
+    with torch.no_grad():
+        outs = [model(x)[3] for _ in range(8)]
+    assert any(not torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_a_replaced_drop_path_in_the_deploy_form():
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    model = network('deploy', drop_path_rate=0.5)
+    for module in model.modules():
+        if hasattr(module, 'drop_path'):
+            module.drop_path = Nothing()
+    with torch.no_grad():
+        outs = model(images())
+    agree(outs, model(images()))
+
+
+CHANGES = {
+    'no activation': lambda block: setattr(block.mlp, 'act', nn.Identity()),
+    'circular padding': lambda block: setattr(block.mlp.conv.conv, 'padding_mode', 'circular'),
+    'dilation': lambda block: (
+        setattr(block.mlp.conv.conv, 'dilation', (2, 2)),
+        setattr(block.mlp.conv.conv, 'padding', (6, 6)),
+    ),
+    'an activation more': lambda block: setattr(block.token_mixer.mixer, 'act', nn.GELU()),
+    'no norm': lambda block: setattr(block.mlp.conv, 'bn', nn.Identity()),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_layers_in_training(change):
+    model = network('training').double()
+    for module in model.modules():
+        if isinstance(module, LayerScale):
+            nn.init.ones_(module.gamma)
+    CHANGES[change](model.stages[0].blocks[0])
+    plain = copy.deepcopy(model)
+    set_fused(plain, False)
+    # PyTorch pads circularly by a list that is made with the layer
+    for one in (model, plain):
+        conv = one.stages[0].blocks[0].mlp.conv.conv
+        if isinstance(conv, nn.Conv2d):
+            conv._reversed_padding_repeated_twice = [p for p in conv.padding for _ in (0, 1)]
+    agree(model(images(torch.float64)), plain(images(torch.float64)), 1e-10)

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from . import onednn
@@ -49,6 +50,11 @@ def deploy_parts(network: nn.Module, wanted=lambda name, part: True, prefix: str
 def replaces_gelu(act: nn.Module) -> bool:
     """Whether an exact GELU may be computed in place of ``act``."""
     return untouched(act, nn.GELU) and act.approximate == 'none'
+
+
+def does_nothing(part: nn.Module) -> bool:
+    """Whether calling ``part``, such as a drop path in eval mode, gives its input."""
+    return untouched(part, nn.Identity) or (untouched(part, DropPath) and not part.training)
 
 
 class Deployed(nn.Module):
@@ -103,10 +109,9 @@ class DeployFFN(Deployed):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if (
-            not self.training  # drop path is active in training
-            and onednn.takes(y, self.fc1, self.fc2)
+            onednn.takes(y, self.fc1, self.fc2)
             and replaces_gelu(self.act)
-            and untouched(self.drop_path, type(self.drop_path))
+            and does_nothing(self.drop_path)
         ):
             return self.pointwise_twice(y, x)
         return x + self.drop_path(self.fc2(self.act(self.fc1(y))))
@@ -152,13 +157,14 @@ class DeployStem(nn.Sequential):
     MARGIN, EXTRA = 4, 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (all(self.is_local(part) for part in self) and self.has_strides(2, 2, 1)):
+            return super().forward(x)
         if not onednn.takes(x, *(part.reparam_conv for part in self)):
             return super().forward(x)
         height, width = (math.ceil(n / 4) for n in x.shape[2:])
-        cut = strips(
-            (len(x), 0, height, width), 4 * self[0].reparam_conv.out_channels * x.element_size()
-        )
-        if cut is None or not all(untouched(part, DeployConv) for part in self):
+        pixel = 4 * self[0].reparam_conv.out_channels * x.element_size()
+        cut = strips((len(x), 0, height, width), pixel)
+        if cut is None:
             return super().forward(x)
         images, rows = cut
         done = []
@@ -171,6 +177,18 @@ class DeployStem(nn.Sequential):
         return torch.cat(
             [torch.cat(done[i : i + per_image], 2) for i in range(0, len(done), per_image)]
         )
+
+    @staticmethod
+    def is_local(part: nn.Module) -> bool:
+        """Whether nobody looks inside ``part``, and a pixel of it depends on its own window."""
+        return (
+            untouched(part, DeployConv)
+            and untouched(part.se, nn.Identity)
+            and replaces_gelu(part.act)
+        )
+
+    def has_strides(self, *strides: int) -> bool:
+        return [part.reparam_conv.stride for part in self] == [(s, s) for s in strides]
 
 
 class DeployAttention(Deployed):
@@ -185,11 +203,7 @@ class DeployAttention(Deployed):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         tokens = x.flatten(2).transpose(1, 2)
-        if (
-            not self.training
-            and onednn.takes(x, self.qkv, self.proj)
-            and untouched(self.drop_path, type(self.drop_path))
-        ):
+        if onednn.takes(x, self.qkv, self.proj) and does_nothing(self.drop_path):
             qkv = onednn.linear(tokens, self.qkv, self.weight_of('qkv'))
             mixed = attend(qkv, scale=1.0)
             tokens = onednn.linear(mixed, self.proj, self.weight_of('proj'), add=tokens)

@@ -137,6 +137,8 @@ class Downsample(nn.Module):
 class ConvFFN(nn.Module):
     """Depthwise 7x7 + BN, then two pointwise convolutions, (B, C, H, W) (section 3.2.3)."""
 
+    expected = dict(fc1=nn.Conv2d, act=nn.GELU, fc2=nn.Conv2d)
+
     def __init__(self, dim, hidden, *, norm_cfg, act_cfg):
         super().__init__()
         self.conv = ConvBN(dim, dim, 7, groups=dim, norm_cfg=norm_cfg)

@@ -64,12 +64,21 @@ def may_replace(block: nn.Module, x: Tensor, over: Callable) -> bool:
 
 
 def replaceable(module: nn.Module) -> bool:
+    """Whether ``module`` computes what the functions here take it for. Blocks list the types of
+    their parts in ``expected``."""
     kind = type(module)
-    return (
-        untouched(module, *LAYERS, *([kind] if kind.__module__.startswith(__package__) else []))
-        and (kind is not nn.BatchNorm2d or module.training)
-        and (kind is not nn.GELU or module.approximate == 'none')
-    )
+    if kind is nn.Conv2d:
+        centered = module.padding == tuple(k // 2 for k in module.kernel_size)
+        fits = centered and module.padding_mode == 'zeros' and module.dilation == (1, 1)
+    elif kind is nn.BatchNorm2d:
+        fits = module.training
+    elif kind is nn.GELU:
+        fits = module.approximate == 'none'
+    else:
+        expected = getattr(module, 'expected', {})
+        fits = all(type(getattr(module, name)) is part for name, part in expected.items())
+    ours = [kind] if kind.__module__.startswith(__package__) else []
+    return fits and untouched(module, *LAYERS, *ours)
 
 
 def set_fused(network: nn.Module, fused: bool) -> None:
@@ -378,7 +387,7 @@ def pointwise_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 def feed_forward(z: Tensor, norm: nn.BatchNorm2d, fc1: nn.Conv2d, w2: Tensor, b2: Tensor) -> Tensor:
     """``norm``, ``fc1``, GELU and a pointwise convolution with ``w2`` and ``b2``."""
-    one = torch.ones_like(fc1.bias[: z.shape[1]])
+    one = fc1.bias.new_ones(z.shape[1])
     gain, shift = (one, 0 * one) if norm.weight is None else (norm.weight, norm.bias)
     out, mean, var = FeedForward.apply(z, norm.eps, gain, shift, fc1.weight, fc1.bias, w2, b2)
     count_batch(norm, mean, var, z.numel() // z.shape[1])

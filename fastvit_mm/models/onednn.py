@@ -7,6 +7,9 @@ size, and GELU and residual are computed inside the convolution, with the operat
 torch.compile generates for the CPU.
 """
 
+import ctypes
+import os
+from contextlib import suppress
 from functools import cache
 from weakref import WeakSet
 
@@ -30,19 +33,25 @@ PLAIN, GELU = ('none', [], ''), ('gelu', [], 'none')
 ORDERS, SIZES = 4, 256
 
 
-#: Bytes up to which glibc can recycle a freed block; larger ones are always returned to the system.
-RECYCLED = 31 << 20
+#: Bytes of the largest block that glibc can recycle, and of free memory that it is told to keep.
+RECYCLED, KEPT = 31 << 20, 128 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @cache
 def recycle_memory() -> None:
-    """Let glibc keep freed blocks of up to ``RECYCLED`` bytes.
+    """Let glibc keep freed blocks of up to ``RECYCLED`` bytes, ``KEPT`` in all.
 
-    It returns those above a threshold to the system, which clears each page (4 KB) again when they
-    are reused: an eighth of a network's time at 512 x 704 pixels. Freeing a block raises the
-    threshold to its size. This block is never written to.
+    By itself it returns large ones to the system, which clears each page (4 KB) when they are
+    needed again: an eighth of a network's time at 512 x 704 pixels. Does nothing with another C
+    library, or if the environment has settings for glibc.
     """
-    torch.empty(RECYCLED, dtype=torch.uint8)
+    if any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
+        return
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, RECYCLED + (1 << 20))
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 @cache
@@ -63,6 +72,7 @@ def takes(x: Tensor, *layers: nn.Conv2d | nn.Linear) -> bool:
     """Whether the functions below may compute ``layers``, the first of which gets ``x``."""
     return (
         ordinary(x)  # first, as a compiler looks no further
+        and x.ndim == 4
         and not torch.is_grad_enabled()
         and has_onednn()
         and torch._C._get_mkldnn_enabled()
@@ -88,10 +98,11 @@ def computable(layer: nn.Conv2d | nn.Linear, dtype: torch.dtype) -> bool:
 class Rearranged:
     """A layer's weight in the orders that oneDNN wants, for as long as the weight does not change.
 
-    The order depends on the input size: with the order for another size, a network took up to twice
-    as long. Sizes that want the same order, as most do, share it. Edits are noticed, including
-    those through ``.data``, but not those that bypass PyTorch (a numpy view of the weight): call
-    :meth:`forget` after these. Copies and pickles are empty.
+    The order depends on the input size: with the order for another size, a network took up to
+    twice as long. Sizes that want the same order, as most do, share it. Edits are noticed,
+    including those through ``.data``, but not those that bypass PyTorch's counters (numpy,
+    torch.distributed's collectives, shared memory): call :meth:`forget` after these. Copies and
+    pickles are empty.
     """
 
     everywhere = WeakSet()
@@ -127,13 +138,13 @@ class Rearranged:
             self.forget()
             self.weight, self.alias, self.state = weight, alias, state
         found = self.by_size.get(size)
-        return self.add(size, rearrange, args) if found is None else found
+        return self.add(weight, size, rearrange, args) if found is None else found
 
-    def add(self, size, rearrange, args) -> Tensor:
+    def add(self, weight, size, rearrange, args) -> Tensor:
         if len(self.by_size) >= SIZES or len(self.by_order) >= ORDERS:
             self.by_size, self.by_order = {}, {}
         recycle_memory()
-        fresh = rearrange(self.weight.detach(), *args, size)
+        fresh = rearrange(weight.detach(), *args, size)
         order = order_of(fresh).numpy().tobytes() if order_of else size
         self.by_size[size] = fresh = self.by_order.setdefault(order, fresh)
         return fresh

@@ -37,6 +37,11 @@ def build_bn(norm_cfg: dict, channels: int) -> _BatchNorm:
 
 def bn_affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift that ``bn`` applies per channel in eval mode, each (C,) float64."""
+    if bn.running_mean is None:
+        raise FastViTError(
+            'a BatchNorm without running statistics depends on its input and cannot be merged: '
+            'train with track_running_stats=True'
+        )
     scale = (exact(bn.running_var) + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * exact(bn.weight)
@@ -139,6 +144,8 @@ class RepConv(nn.Module):
 class ConvBN(RepConv):
     """Convolution without bias, then BatchNorm."""
 
+    expected = dict(conv=nn.Conv2d, bn=nn.BatchNorm2d)
+
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, *, norm_cfg):
         super().__init__(in_channels, out_channels, kernel_size, stride, groups)
         # The weight gradient of a strided dense 1x1 convolution with few channels aborts PyTorch
@@ -178,6 +185,8 @@ class MobileOneBlock(RepConv):
         se_reduction: squeeze-and-excite with ``out_channels / se_reduction`` hidden channels.
         act_cfg: None for no activation.
     """
+
+    expected = dict(se=nn.Identity, act=nn.Identity)  # as a branch of another block
 
     def __init__(
         self,

@@ -5,3 +5,4 @@ test_cfg = dict()
 default_hooks = dict(checkpoint=dict(save_best='PA-MPVPE', rule='less'))
 visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 default_scope = 'mmengine'
+custom_hooks = [dict(type='SyncStatisticsHook')]
