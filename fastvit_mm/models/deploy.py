@@ -65,7 +65,9 @@ class Deployed(nn.Module):
         self.rearranged = {}
 
     def weight_of(self, name: str) -> Rearranged:
-        return self.rearranged.setdefault(name, Rearranged())
+        if name not in self.rearranged:
+            self.rearranged[name] = Rearranged()
+        return self.rearranged[name]
 
     def train(self, mode: bool = True):
         if mode != self.training:

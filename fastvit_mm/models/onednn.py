@@ -32,7 +32,6 @@ PLAIN, GELU = ('none', [], ''), ('gelu', [], 'none')
 #: of the layer's weight; a network rarely needs more than two.
 ORDERS, SIZES = 4, 256
 
-
 #: Bytes of the largest block that glibc can recycle, and of free memory that it is told to keep.
 RECYCLED, KEPT = 31 << 20, 128 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -57,8 +56,7 @@ def recycle_memory() -> None:
 @cache
 def has_onednn() -> bool:
     operators = convolve, multiply, multiply_add, reorder_convolution, reorder_linear
-    found = None not in operators
-    return found and torch.backends.mkldnn.is_available()
+    return None not in operators and torch.backends.mkldnn.is_available()
 
 
 @cache
