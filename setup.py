@@ -46,6 +46,7 @@ EXTRAS = {
         'setuptools>=70.1',
         'smplx>=0.1.28',  # what the hand layer is held against; its licence is non-commercial
         'timm>=1.0.31',
+        'torchao>=0.18',
     ],
 }
 for extra in ('onnx', 'openvino', 'coreml', 'tensorboard'):

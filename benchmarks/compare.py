@@ -5,7 +5,6 @@ import statistics
 import torch
 
 from . import measure, sides
-from .export import runtime_call, to_onnx
 from .networks import CLAIMANT, CLAIMS, NETWORKS
 from .report import Report, scatter
 
@@ -27,7 +26,7 @@ def quickest(network, args):
     inputs = sides.images(network.size, args.batch)
     work = args.batch * measure.flops(sides.eager(model, inputs[:1]))
     if args.runtime == 'onnxruntime':
-        return runtime_call(to_onnx(model, inputs), inputs, args.threads), None, work
+        return sides.runtime_call(sides.to_onnx(model, inputs), inputs, args.threads), None, work
     calls = sides.calls(model, inputs, args.device, args.dtype)
     layout = measure.fastest(measure.interleave(calls, min(args.seconds, 0.5), warmup=2), *calls)
     return calls[layout], layout, work

@@ -6,7 +6,7 @@ import torch
 
 from fastvit_mm import ARCHS, FastViTError
 
-from . import measure, sides
+from . import apart, measure, sides
 from .report import Report
 
 HELP = 'the deploy form of the backbone against timm in PyTorch; bf16 against fp32'
@@ -22,13 +22,18 @@ def add_arguments(parser) -> None:
         nargs='+',
         default=['eager'],
         choices=sides.MODES,
-        help="eager:compile: ours eager, timm's compiled; graph: CUDA graphs",
+        help="eager:compile: ours eager, timm's compiled (or in ONNX Runtime); graph: CUDA graphs",
     )
     parser.add_argument('--half', action='store_true', help='ours in bf16 against ours in fp32')
 
 
-@torch.no_grad()
 def run(args, report: Report) -> None:
+    with apart.Side(args.threads) as first, apart.Side(args.threads) as second:
+        compare(args, report, first, second)
+
+
+@torch.no_grad()
+def compare(args, report: Report, *processes: apart.Side) -> None:
     if 'graph' in args.modes and not args.device.startswith('cuda'):
         raise FastViTError('--modes graph uses CUDA graphs: add --device cuda')
     dtypes = ['bf16'] if args.half else args.dtypes
@@ -43,18 +48,13 @@ def run(args, report: Report) -> None:
                 pair = {name: (model, dtype) for name, model in models.items()}
                 if args.half:
                     pair = {own: (models['ours'], own) for own in ('bf16', 'fp32')}
-                torch._dynamo.reset()
-                outcome = sides.contest(
-                    {
-                        name: sides.calls(model, inputs, args.device, own, run)
-                        for (name, (model, own)), run in zip(
-                            pair.items(), sides.MODES[mode], strict=True
-                        )
-                    },
-                    args.seconds,
-                    args.device,
-                    dtype,
-                )
+                made = {
+                    name: process.make(sides.calls, model, inputs, args.device, own, run)
+                    for process, (name, (model, own)), run in zip(
+                        processes, pair.items(), sides.MODES[mode], strict=True
+                    )
+                }
+                outcome = sides.contest(made, args.seconds, args.device, dtype)
                 case = dict(arch=arch, size=size, batch=batch, dtype=dtype, mode=mode)
                 speed = report.speed(work, outcome.seconds, dtype=sides.DTYPES[dtype])
                 report.add(title, {**case, **outcome.row, **speed})

@@ -1,12 +1,9 @@
 """export: ONNX Runtime on the CPU, our export against that of timm's reparameterized model."""
 
 import tempfile
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from timm.utils import reparameterize_model
 from torch import Tensor
 
@@ -33,17 +30,8 @@ def add_arguments(parser) -> None:
     )
 
 
-def to_onnx(model: nn.Module, inputs: Tensor) -> bytes:
-    """``model`` for inputs of exactly this shape."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        path = Path(folder, 'model.onnx')
-        torch.onnx.export(model, (inputs,), path, dynamo=True, external_data=False, verbose=False)
-        return path.read_bytes()
-
-
 def exported_backbones(arch: str, inputs: Tensor) -> dict[str, bytes]:
-    return {name: to_onnx(model, inputs) for name, model in sides.deployed(arch).items()}
+    return {name: sides.to_onnx(model, inputs) for name, model in sides.deployed(arch).items()}
 
 
 def exported_classifiers(arch: str, inputs: Tensor) -> dict[str, bytes]:
@@ -54,17 +42,13 @@ def exported_classifiers(arch: str, inputs: Tensor) -> dict[str, bytes]:
         path = Path(folder, 'model.onnx')
         size, batch = tuple(inputs.shape[2:]), len(inputs)
         export(ours, path, size=size, batch=batch, output='logits')
-        return dict(ours=path.read_bytes(), timm=to_onnx(reparameterize_model(theirs), inputs))
+        return dict(
+            ours=path.read_bytes(),
+            timm=sides.to_onnx(reparameterize_model(theirs), inputs),
+        )
 
 
 EXPORTS = dict(backbone=exported_backbones, classifier=exported_classifiers)
-
-
-def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Callable:
-    """A call of an exported model in ONNX Runtime that returns its outputs as tensors."""
-    session = measure.onnxruntime_session(content, threads, **options)
-    feed = {session.get_inputs()[0].name: inputs.numpy()}
-    return lambda: [torch.from_numpy(o) for o in session.run(None, feed)]
 
 
 @torch.no_grad()
@@ -80,7 +64,7 @@ def run(args, report: Report) -> None:
             # An arena keeps the memory of the first run, so memory is measured without one.
             calls, lean = (
                 {
-                    name: {'ONNX': runtime_call(content, inputs, args.threads, **options)}
+                    name: {'ONNX': sides.runtime_call(content, inputs, args.threads, **options)}
                     for name, content in exported.items()
                 }
                 for options in (dict(spin=not args.no_spin), dict(arena=False))

@@ -24,6 +24,8 @@ from fastvit_mm.errors import require
 from fastvit_mm.models.onednn import Rearranged
 from fastvit_mm.reparameterize import distance, tensors
 
+from .apart import where_it_runs
+
 MIN_TURNS, MAX_TURNS = 5, 500
 
 #: Largest difference that rounding explains, relative to the largest output.
@@ -57,6 +59,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@where_it_runs
 def timed(call: Callable) -> float:
     """Seconds that one call takes until the device has finished."""
     synchronize()
@@ -122,6 +125,7 @@ def process_memory(field: str) -> int:
     raise OSError(f'no {field} in /proc/self/status')
 
 
+@where_it_runs
 def peak_memory(call: Callable, device: str = 'cpu') -> int | None:
     """Bytes that ``call`` needs at its peak, beyond those in use before.
 
@@ -155,6 +159,7 @@ def resident_growth(call: Callable) -> int:
     return max(process_memory('VmHWM') - before, 0)
 
 
+@where_it_runs
 def page_faults(call: Callable) -> int | None:
     """Pages of memory (4 KB) that the system provided and cleared during one ``call``: the minimum
     of three, after one that does not count. None if the system cannot tell."""

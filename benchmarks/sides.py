@@ -3,8 +3,11 @@
 import copy
 import itertools
 import re
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import timm
@@ -129,11 +132,33 @@ def cuda_graph(model: nn.Module, inputs: Tensor) -> Callable:
     return replay
 
 
+def to_onnx(model: nn.Module, inputs: Tensor) -> bytes:
+    """``model`` for inputs of exactly this shape."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        path = Path(folder, 'model.onnx')
+        torch.onnx.export(model, (inputs,), path, dynamo=True, external_data=False, verbose=False)
+        return path.read_bytes()
+
+
+def runtime_call(content: bytes, inputs: Tensor, threads: int, **options) -> Callable:
+    """A call of an exported model in ONNX Runtime that returns its outputs as tensors."""
+    session = measure.onnxruntime_session(content, threads, **options)
+    feed = {session.get_inputs()[0].name: inputs.numpy()}
+    return lambda: [torch.from_numpy(o) for o in session.run(None, feed)]
+
+
+def onnxruntime(model: nn.Module, inputs: Tensor) -> Callable:
+    inputs = inputs.contiguous()
+    return runtime_call(to_onnx(model, inputs), inputs, torch.get_num_threads())
+
+
 #: How ours and timm's are run.
 MODES = {
     'eager': (eager, eager),
     'compile': (compiled, compiled),
     'eager:compile': (eager, compiled),
+    'eager:onnx': (eager, onnxruntime),
     'graph': (cuda_graph, cuda_graph),
 }
 

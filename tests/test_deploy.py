@@ -202,6 +202,16 @@ def test_an_image_without_a_batch(deployed):
         assert relative(conv(torch.ones(3, 32, 32)), conv(torch.ones(1, 3, 32, 32))[0]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    'padding', [dict(padding='same'), dict(padding=1, padding_mode='reflect')], ids=str
+)
+def test_other_padding_runs_by_itself(padding):
+    conv = DeployConv(nn.Conv2d(8, 8, 3, **padding)).eval()
+    x = torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(conv(x), conv.reparam_conv(x))
+
+
 def test_a_norm_without_statistics_cannot_merge():
     model = FastViT(ARCH, norm_cfg=dict(type='BN', track_running_stats=False))
     with pytest.raises(FastViTError, match='running statistics'):

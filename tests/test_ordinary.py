@@ -17,6 +17,7 @@ from fastvit_mm import FastViT
 from fastvit_mm.models.deploy import DeployFFN
 from fastvit_mm.models.fastvit import ConvFFN
 from fastvit_mm.models.fused_training import set_fused
+from fastvit_mm.models.ordinary import DeployWeight
 from fastvit_mm.models.rep_conv import LayerScale
 
 ARCH = dict(depths=(1, 1, 1, 1), widths=(16, 32, 64, 64), attention=(0, 0, 0, 1), ffn_ratio=2)
@@ -209,6 +210,48 @@ def test_dynamic_quantization():
     with torch.no_grad():
         difference = relative(quantized(images())[3], model(images())[3])
     assert 0 < difference < 0.1
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('form', ['eval', 'deploy'])
+@pytest.mark.parametrize('way', ['Int8WeightOnlyConfig', 'Int8DynamicActivationInt8WeightConfig'])
+def test_torchao(way, form):
+    """Its int8 weights are used, those of the linear layers, and nothing of ours beside them."""
+    torchao = pytest.importorskip('torchao.quantization')
+    model = network(form)
+    quantized, rounded = copy.deepcopy(model), copy.deepcopy(model)
+    torchao.quantize_(quantized, getattr(torchao, way)())
+    pairs = [
+        (a, b)
+        for a, b in zip(quantized.modules(), rounded.modules(), strict=True)
+        if type(b) is nn.Linear
+    ]
+    assert len(pairs) == 2
+    for layer, twin in pairs:
+        assert type(layer.weight) not in (nn.Parameter, DeployWeight)
+        twin.weight = nn.Parameter(layer.weight.dequantize().detach())
+    with torch.no_grad():
+        outs, wanted, before = (each(images()) for each in (quantized, rounded, model))
+    agree(outs[:3], before[:3])
+    assert relative(outs[3], wanted[3]) < (1e-5 if 'WeightOnly' in way else 0.02)
+    assert relative(outs[3], before[3]) > 1e-4
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_torchao_trains_with_fake_quantization():
+    torchao = pytest.importorskip('torchao.quantization')
+    qat = pytest.importorskip('torchao.quantization.qat')
+    config = qat.QATConfig(torchao.IntxWeightOnlyConfig(torch.int8), step='prepare')
+    model, plain = (network('training') for _ in range(2))
+    set_fused(plain, False)
+    for each in (model, plain):
+        torchao.quantize_(each, config)
+        layers = [m for m in each.modules() if isinstance(m, nn.Linear)]
+        assert [type(m).__name__ for m in layers] == ['FakeQuantizedLinear'] * 2
+        sum(out.square().mean() for out in each(images())).backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if b.grad.abs().max() > 1e-6:  # others are zero but for rounding
+            assert relative(a.grad, b.grad) < 1e-3, name
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -18,6 +18,7 @@ from fastvit_mm.errors import FastViTError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from benchmarks.apart import settle
 from benchmarks.report import Report, check_targets, find_section
 
 COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading')
@@ -54,9 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     document, _, section = (args.doc or '').partition('#')
     if document:
         find_section(document, section)
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    settle(args.threads)
     command = shlex.join(['python', 'tools/benchmark.py', *(argv or sys.argv[1:])])
     report = Report(
         command,

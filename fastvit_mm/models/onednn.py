@@ -90,6 +90,7 @@ def computable(layer: nn.Conv2d | nn.Linear, dtype: torch.dtype) -> bool:
         and weight.is_cpu
         and not weight.is_inference()  # has no version counter: edits would go unnoticed
         and layer.__dict__.get('padding_mode', 'zeros') == 'zeros'
+        and not isinstance(layer.__dict__.get('padding'), str)  # 'same', 'valid'
     )
 
 
