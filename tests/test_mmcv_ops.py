@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from randomize import randomize, relative
+from test_tools import DETECTION, shallow
 
-import fastvit_mm  # noqa: F401
+import fastvit_mm
 from fastvit_mm.mmcv_ops import COVERED, install
 
 import mmcv._ext  # isort: skip
 import mmcv.ops  # isort: skip
+from mmdet.structures import DetDataSample  # isort: skip
 
 RECORD = runpy.run_path(str(Path(__file__).parent / 'data' / 'make_mmcv_ops.py'))
 CASES, evaluate = RECORD['CASES'], RECORD['evaluate']
@@ -246,6 +249,55 @@ def test_ms_deform_attn(dtype, tolerance, device):
 
 
 # -------------------------------------------------------------------------- half, empty, layout
+
+
+@on_devices
+@pytest.mark.parametrize('with_rois', [torch.float32, torch.bfloat16])
+def test_roi_align_in_bfloat16(with_rois, device):
+    """torchvision has none. Boxes stay exact if they came so, as under autocast."""
+    call, inputs = CASES['roi_align'][0], CASES['roi_align'][1](torch.Generator().manual_seed(4))
+    inputs = {name.strip('!'): value for name, value in inputs.items()}
+    rounded = {name: value.bfloat16() for name, value in inputs.items()}
+    if with_rois == torch.float32:
+        rounded['rois'] = inputs['rois']
+    exact = {name: value.float() for name, value in rounded.items()}
+    results = []
+    for given in (rounded, exact):
+        given = {name: value.to(device) for name, value in given.items()}
+        given['features'].requires_grad_()
+        out = call(**given)
+        out.float().square().sum().backward()
+        results.append((out, given['features'].grad))
+    for found, wanted in zip(*results, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert_close(found, wanted, 2e-2)
+
+
+@pytest.mark.parametrize('way', ['autocast', 'whole model'])
+def test_detector_in_bfloat16(way, tmp_path):
+    model = randomize(fastvit_mm.init_model(shallow(DETECTION, tmp_path)))
+    low, high = torch.rand(2, 40, 2).mul(64).unbind(0)
+    rois = torch.cat([torch.zeros(40, 1), low, low + high + 8], 1)
+    x, size = torch.randn(1, 3, 128, 128), (128, 128)
+
+    def heads(model, x, rois):
+        found = model.roi_head._bbox_forward(model.extract_feat(x), rois)
+        sample = DetDataSample(metainfo=dict.fromkeys(('img_shape', 'batch_input_shape'), size))
+        sample.set_metainfo(dict(ori_shape=size, scale_factor=(1.0, 1.0)))
+        predicted = model(x, [sample], mode='predict')[0].pred_instances
+        assert len(predicted) and predicted.bboxes.isfinite().all()
+        return found['cls_score'], found['bbox_pred']
+
+    with torch.no_grad():
+        model.roi_head.bbox_head.fc_cls.bias[0] += 5
+        wanted = heads(model, x, rois)
+        with torch.autocast('cpu', torch.bfloat16, enabled=way == 'autocast'):
+            if way == 'whole model':
+                model, x = model.bfloat16(), x.bfloat16()
+            outs = heads(model, x, rois)
+    for out, exact in zip(outs, wanted, strict=True):
+        assert out.dtype == torch.bfloat16
+        assert relative(out.float(), exact) < 0.05
 
 
 @on_devices
