@@ -314,6 +314,7 @@ def test_changed_weights_are_noticed(deployed, x, change):
     with torch.no_grad():
         CHANGES[change](deployed, other)
     agree(deployed, x)
+    assert all(torch.equal(p.data, p.detach()) for p in deployed.parameters())
     if change != 'dtype and back':
         assert relative(fast(deployed, x)[3], before[3]) > 1e-3
     if change in ('in place', 'data'):  # through what `.data` gave before

@@ -317,7 +317,9 @@ def test_channels_last():
     for size in ((64, 64), (96, 96), (64, 128), (128, 128)):
         x = random_input(3, size)
         for model, layout in ((fused, torch.channels_last), (plain, torch.contiguous_format)):
-            sum(out.square().mean() for out in model(x.to(memory_format=layout))).backward()
+            outs = model(x.to(memory_format=layout))
+            assert all(out.is_contiguous() for out in outs)
+            sum(out.square().mean() for out in outs).backward()
     compare(fused, plain)
 
 
