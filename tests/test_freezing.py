@@ -45,6 +45,14 @@ def test_frozen_stages_stay_as_they_are(stages):
             assert not any(p.requires_grad for p in module.parameters()), name
 
 
+@pytest.mark.parametrize('built', [False, True], ids=['switched', 'built'])
+def test_frozen_stages_of_the_deploy_form(built):
+    network = FastViT(TINY, frozen_stages=2, deploy=built).train()
+    network.switch_to_deploy()
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad != name.startswith(('stem.', 'stages.0.', 'stages.1.')), name
+
+
 def test_norm_eval_keeps_every_statistic():
     """Of the stem, the stages and the output norms; their weights still learn."""
     network, before = trained(norm_eval=True)
