@@ -38,6 +38,8 @@ EXTRAS = {
     'openvino': ['openvino>=2025.0'],
     'coreml': ['coremltools>=9.0'],
     'tensorboard': ['tensorboard>=2.16'],
+    # corruptions and lists of classes; imagecorruptions itself does not run on numpy 2
+    'robustness': ['imagecorruptions-imaug>=1.1.5', 'timm>=1.0.31'],
     'test': [
         'pytest',
         'pytest-randomly',
@@ -45,11 +47,10 @@ EXTRAS = {
         'ruff',
         'setuptools>=70.1',
         'smplx>=0.1.28',  # what the hand layer is held against; its licence is non-commercial
-        'timm>=1.0.31',
         'torchao>=0.18',
     ],
 }
-for extra in ('onnx', 'openvino', 'coreml', 'tensorboard'):
+for extra in ('onnx', 'openvino', 'coreml', 'tensorboard', 'robustness'):
     EXTRAS['test'] += EXTRAS[extra]
 
 
