@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -30,6 +31,7 @@ from fastvit_mm.evaluation import (
     Result,
     corruption_errors,
     mce,
+    plan,
     plot,
     published,
 )
@@ -38,25 +40,25 @@ home, tool = test_tools.home, test_tools.tool
 INFO = Path(timm.data.__file__).parent / '_info'
 HAND_MESH = 'configs/hand_mesh/vertices_fastvit_t8_freihand.py'
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-# Hendrycks and Dietterich's table for ResNet-50: CE rounded to whole percents, and the mean.
-RESNET50 = dict(
-    gaussian_noise=80,
-    shot_noise=82,
-    impulse_noise=83,
-    defocus_blur=75,
-    glass_blur=89,
-    motion_blur=78,
-    zoom_blur=80,
-    snow=78,
-    frost=75,
-    fog=66,
-    brightness=57,
-    contrast=71,
-    elastic_transform=85,
-    pixelate=77,
-    jpeg_compression=77,
+# Mean errors in percent of AlexNet, as the paper's table rounds them, and of a network with the CEs
+# that the table gives ResNet-50 (80, 82, 83, ...; mCE 76.7), multiplied by hand.
+TABLE = dict(
+    gaussian_noise=(88.6, 70.91),
+    shot_noise=(89.4, 73.35),
+    impulse_noise=(92.3, 76.58),
+    defocus_blur=(82.0, 61.49),
+    glass_blur=(82.6, 73.54),
+    motion_blur=(78.6, 61.30),
+    zoom_blur=(79.8, 63.87),
+    snow=(86.7, 67.61),
+    frost=(82.7, 61.99),
+    fog=(81.9, 54.07),
+    brightness=(56.5, 32.18),
+    contrast=(85.3, 60.58),
+    elastic_transform=(64.6, 54.92),
+    pixelate=(71.8, 55.27),
+    jpeg_compression=(60.7, 46.70),
 )
-RESNET50_MCE = 76.7
 
 
 def spread(mean: float) -> list[float]:
@@ -65,16 +67,16 @@ def spread(mean: float) -> list[float]:
 
 
 def test_alexnet_itself_has_100_percent():
-    errors = {name: spread(100 * ALEXNET[name]) for name in CORRUPTIONS}
-    assert mce(errors) == pytest.approx(100)
-    assert corruption_errors(errors) == pytest.approx(dict.fromkeys(CORRUPTIONS, 100))
+    errors = {name: spread(alexnet) for name, (alexnet, _) in TABLE.items()}
+    assert mce(errors) == pytest.approx(100, abs=0.1)
+    assert corruption_errors(errors) == pytest.approx(dict.fromkeys(CORRUPTIONS, 100), abs=0.15)
 
 
 def test_resnet50_has_the_published_mce():
-    """Its table comes from the same errors of AlexNet: a wrong one of these would not fit."""
-    errors = {name: spread(ALEXNET[name] * ce) for name, ce in RESNET50.items()}
-    assert mce(errors) == pytest.approx(RESNET50_MCE, abs=0.5)
-    assert corruption_errors(errors) == pytest.approx(RESNET50)
+    errors = {name: spread(resnet) for name, (_, resnet) in TABLE.items()}
+    assert mce(errors) == pytest.approx(76.7, abs=0.3)
+    found = {name: round(one) for name, one in corruption_errors(errors).items()}
+    assert list(found.values()) == [80, 82, 83, 75, 89, 78, 80, 78, 75, 66, 57, 71, 85, 77, 77]
 
 
 def test_an_incomplete_mce_is_none():
@@ -150,6 +152,44 @@ def test_every_package_finds_the_transform(scope, tmp_path):
         ]
         found = Compose(steps)(dict(img_path=str(path)))
     assert (found['img'] == corrupt(picture(), 'contrast', 2)).all()
+
+
+def steps(dataset):
+    return [(step['type'], step.get('scale') or step.get('crop_size')) for step in dataset.pipeline]
+
+
+def test_where_images_are_corrupted(monkeypatch, tmp_path):
+    """Detection and segmentation: at their own size. Classification: as ImageNet-C's were."""
+    monkeypatch.chdir(tmp_path)  # where no ImageNet-C is
+    for config in (SEGMENTATION, DETECTION):
+        cfg = Config.fromfile(test_tools.ROOT / config)
+        own = steps(cfg.test_dataloader.dataset)
+        found = plan(cfg, corruptions=['fog'], severities=[2]).sets
+        assert steps(found[0].dataset) == own
+        assert steps(found[1].dataset) == [own[0], ('CorruptImage', None), *own[1:]]
+    cfg = Config.fromfile(test_tools.ROOT / CLASSIFICATION)
+    found = plan(cfg, ['c'], corruptions=['fog'], severities=[2]).sets
+    assert steps(found[1].dataset) == [
+        ('LoadImageFromFile', None),
+        ('ResizeEdge', 256),
+        ('CenterCrop', 224),
+        ('CorruptImage', None),
+        ('Resize', (256, 256)),
+        ('PackInputs', None),
+    ]
+    assert found[1].dataset.pipeline[3]['jpeg_quality'] == 85
+    assert found[1].name == 'fog/2'
+
+
+def test_packages_that_are_missing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(test_tools.ROOT / CLASSIFICATION)
+    monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
+    with pytest.raises(FastViTError, match='pip install imagecorruptions-imaug'):
+        plan(cfg, ['c'])
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(FastViTError, match='needs timm: pip install timm'):
+        plan(cfg, ['a'])
 
 
 def read_indices(name):
@@ -414,6 +454,8 @@ def test_an_exported_file_scores_as_its_checkpoint(tool, tmp_path):
         f'{name}/{severity}' for name in ('glass_blur', 'fog') for severity in (1, 5)
     ]
     assert len({str(one) for one in training.values()}) > 4
+    log = '\n'.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert 'reparameterized ImageClassifier' in log
     assert figures(found[0], 'deploy form') == training
     assert figures(found[1], 'exported file') == training
     options = ('--cfg-options', 'model.head.num_classes=7')

@@ -52,7 +52,7 @@ def published(roots: dict[str, str]) -> Catalogue:
     Raises:
         FastViTError: timm, which has the lists of classes, is not installed.
     """
-    require("the lists of these sets' classes", 'timm')
+    require("the list of a set's classes", 'timm')
     info = resources.files('timm.data') / '_info'
 
     def read(name: str) -> list[str]:
