@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 
-from . import weights
+from . import settings, weights
 from .errors import FastViTError
 from .export import attach, is_exported
 from .reparameterize import reparameterize
@@ -38,7 +38,7 @@ def init_model(
 
     Raises:
         FastViTError: a file does not exist or does not fit, or there is nothing to
-            reparameterize.
+            reparameterize; a setting is wrong.
     """
     if not isinstance(config, Config):
         if not Path(config).is_file():
@@ -46,14 +46,14 @@ def init_model(
         config = Config.fromfile(config)
     else:
         config = copy.deepcopy(config)
-    config.merge_from_dict(cfg_options or {})
-    weights.drop_pretrained(config.model)
-    config.model.pop('teacher', None)
     scope = config.get('default_scope')
     if scope == 'mmpretrain':
-        from mmpretrain import get_model
-
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
+    settings.check(config, settings.merge(config, cfg_options or {}), settings.PREDICT)
+    weights.drop_pretrained(config.model)
+    config.model.pop('teacher', None)
+    if scope == 'mmpretrain':
+        from mmpretrain import get_model
 
         model = get_model(config, device=device)
     elif scope == 'mmdet':
@@ -109,6 +109,9 @@ def inference(model: nn.Module, images: Images):
     """
     many = isinstance(images, list | tuple)
     items = [str(i) if isinstance(i, Path) else i for i in (images if many else [images])]
+    for item in items:
+        if isinstance(item, str) and '://' not in item and not Path(item).is_file():
+            raise FastViTError(f'image {item} does not exist')
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():
         predict = predictor(model)
         results = [predict(item) for item in items]

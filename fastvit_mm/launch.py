@@ -3,18 +3,24 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner as BaseRunner
 
-from . import weights
+from . import failures, settings, weights
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
 from .reparameterize import network, unwrap
+
+
+def debug_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument that :func:`run` looks for."""
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -23,8 +29,12 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('config', help='config file')
     parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='settings to change: key=value ...'
+        '--cfg-options',
+        nargs='+',
+        action=settings.OptionsAction,
+        help='settings to change: key=value ...',
     )
+    debug_argument(parser)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser
 
@@ -40,11 +50,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def load_config(args: argparse.Namespace, training: bool = False) -> Config:
     """The config that the arguments ask for.
 
+    Args:
+        training: whether it will be trained, so that its training part must be in order.
+
     Raises:
-        FastViTError: the file does not exist or cannot be read.
+        FastViTError: the file does not exist or cannot be read, or a setting is wrong.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher != 'none' and not torch.cuda.is_available():
@@ -60,10 +73,13 @@ def load_config(args: argparse.Namespace) -> Config:
         raise FastViTError(f'config {path} cannot be read: {one_line(error)}') from error
     if cfg.get('default_scope') == 'mmpretrain':
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
+    reads = settings.TRAIN if training else settings.PREDICT
+    settings.check(cfg, reads=settings.TRAIN if args.demo else reads)
     if args.demo:
         apply_demo(cfg)
     if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+        settings.check(cfg, settings.merge(cfg, args.cfg_options), reads)
+    settings.check_widths(cfg.model)
     cfg.launcher = args.launcher
     folder = Path('work_dirs', 'demo' if args.demo else '', path.stem)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(folder)
@@ -140,6 +156,7 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     Args:
         checkpoint: weights in any layout, or an exported file, which then replaces the model.
     """
+    settings.check(cfg, reads=settings.TEST)
     check_data(cfg, 'test')
     for key in TRAIN_ONLY:
         cfg.pop(key, None)
@@ -156,16 +173,21 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     return runner
 
 
-def run(main: Callable[[list[str] | None], None]) -> None:
-    """Call ``main``; print an error that is meant for users as one line and exit with code 2."""
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Call ``main``; print an error as one line and exit.
+
+    The exit code is 2 for what the user can mend, otherwise 1; the traceback is then in a file.
+    With ``--debug`` in ``argv`` (the command line) it is shown instead.
+    """
+    debug = '--debug' in (sys.argv[1:] if argv is None else argv)
     try:
-        main(None)
-    except FastViTError as error:
-        # A registry that was building an object raises the error again with its own prefix.
-        while isinstance(error.__context__, FastViTError):
-            error = error.__context__
+        main(argv)
+    except Exception as error:
         sys.stdout.flush()
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        if debug:
+            traceback.print_exception(error)
+        text, code = failures.explain(error, debug)
+        print(f'error: {text}', file=sys.stderr)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        sys.exit(2)
+        sys.exit(code)

@@ -43,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             '--doc', metavar='FILE#SECTION', help='insert the tables into this document'
         )
         module.add_arguments(own)
+        launch.debug_argument(own)
         own.set_defaults(run=module.run)
     return parser.parse_args(argv)
 

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         '--prefix', help='convert only weights that start with PREFIX, if SRC has several models'
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
+    launch.debug_argument(parser)
     args = parser.parse_args(argv)
 
     dst = weights.check_target(args.dst, args.force)

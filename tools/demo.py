@@ -72,7 +72,9 @@ def draw(rows: list, classes: list[str], palette: list, path: Path) -> None:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    launch.debug_argument(parser)
+    parser.parse_args(argv)
     work_dir = Path('work_dirs', 'demo', Path(CONFIG).stem)
     begin = time.time()
     tool('train', '--work-dir', str(work_dir))

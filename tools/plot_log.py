@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('work_dirs', metavar='WORK_DIR', nargs='+', type=Path)
     parser.add_argument('--out', type=Path, help='FILE.png for one picture of all runs')
+    launch.debug_argument(parser)
     args = parser.parse_args(argv)
 
     if args.out and args.out.suffix != '.png':

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.tensorboard:
         require('--tensorboard', 'tensorboard')
-    cfg = launch.load_config(args)
+    cfg = launch.load_config(args, training=True)
     if args.amp:
         if not torch.cuda.is_available():
             raise FastViTError('--amp needs a GPU, but none was found: train without --amp')
