@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from fastvit_mm.errors import FastViTError
 
 from .names import READERS, Registered, known_scope, mentioned, nearest, spoken, suggestion
-from .options import Change, unread, wrong_kind
+from .options import Change, places, unread, wrong_kind
 from .signatures import Takes, accepted
 from .values import out_of_range, together, unlike_annotation
 
@@ -126,7 +126,7 @@ class Check:
     def run(self, changes: list[Change]) -> None:
         self.check_sections()
         for change in changes:
-            if not is_number(change.old):
+            if isinstance(change.old, list) or 'type' in dict_of(change.old):
                 self.check_kind(change)
         self.registered = Registered(known_scope(self.tree.get('default_scope') or 'mmengine'))
         for section in self.sections:
@@ -159,16 +159,18 @@ class Check:
         """Keys that nothing reads: those given as options, and obvious typos in the file."""
         given = {c.path[0]: c for c in changes}
         suspects = {k for k in self.tree if k not in READ and (k in given or close(k, READ))}
+        read = {k: v for k, v in self.tree.items() if k in READ}
         for key in sorted(suspects):
-            if not mentioned(key, READ_FROM_CFG, self.packages()):
+            used = key not in given and any(places(read, self.tree[key]))
+            if not used and not mentioned(key, READ_FROM_CFG, self.packages()):
                 raise FastViTError(unread(key, self.tree, given.get(key), READ))
 
     def check_kind(self, change: Change) -> None:
         *above, key = change.path
         target = self.targets.get('.'.join(above))
         parameter = accepted(target).names.get(key) if target else None
-        if parameter and is_number(change.old) and 'str' in str(parameter.annotation):
-            return  # such as loss_scale='dynamic'
+        if parameter and isinstance(change.new, str) and 'str' in str(parameter.annotation):
+            return  # such as loss_scale='dynamic', and the name of an arch in place of its settings
         if problem := wrong_kind(change):
             raise FastViTError(problem)
 
@@ -212,7 +214,8 @@ class Check:
             return
         self.targets[path] = target
         takes, besides = accepted(target), BESIDES.get(root, set()) | ALWAYS
-        if 'constructor' in node:
+        if 'constructor' in node:  # it reads settings of its own
+            self.find(node['constructor'], path, roots.OPTIM_WRAPPER_CONSTRUCTORS, 'constructor')
             return
         self.check_names(node, path, takes, besides, name_of(target), nested=root is None)
         for key, value in node.items():
@@ -250,12 +253,14 @@ class Check:
             takes = Takes(dict.fromkeys(known), False)
             self.check_names(given, 'optim_wrapper.paramwise_cfg', takes)
 
-    def find(self, kind: Any, path: str, root: Registry | None) -> Callable | None:
+    def find(
+        self, kind: Any, path: str, root: Registry | None, key: str = 'type'
+    ) -> Callable | None:
         """What the ``type`` at ``path`` names; None if it may be something else than a type."""
         if not isinstance(kind, str):
             if callable(kind):
                 return kind
-            raise FastViTError(f'{path}.type={kind!r}: give a name')
+            raise FastViTError(f'{path}.{key}={kind!r}: give a name')
         if root is not None:
             likely, cutoff = (root,), 0.0
             target = self.registered.get(root, kind)
@@ -274,7 +279,7 @@ class Check:
         if 'default_scope' not in self.tree:
             where += ', and the config sets no default_scope'
         raise FastViTError(
-            f'{path}.type={kind!r} is not known in {where}: {suggestion(kind, known)}'
+            f'{path}.{key}={kind!r} is not known in {where}: {suggestion(kind, known)}'
         )
 
     def check_changes(self, changes: list[Change]) -> None:
@@ -290,8 +295,9 @@ class Check:
                 target = self.targets.get('.'.join(above))
                 known = set(accepted(target).names) if target else set()
                 known |= set(parent) if isinstance(parent, dict) else set()
-                text = suggestion(key, known - ALWAYS - {key})
-                raise FastViTError(f'nothing reads {".".join(change.path)}: {text}')
+                known -= ALWAYS | {key}
+                text = f': {suggestion(key, known)}' if known else ''
+                raise FastViTError(f'nothing reads {".".join(change.path)}{text}')
 
     def may_be_removed(self, key: str, path: str, is_close: bool) -> bool:
         """Whether what is around a dict may read and remove a key of it before building it."""
@@ -317,6 +323,10 @@ class Check:
         imports = [imports] if isinstance(imports, str) else imports
         names = [*imports, *(t.__module__ for t in self.targets.values())]
         return READERS | {str(n).partition('.')[0] for n in names} - {'torch', 'torchvision'}
+
+
+def dict_of(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def is_number(value: Any) -> bool:

@@ -96,17 +96,20 @@ def out_of_range(path: str, value: Any) -> str | None:
 
 
 NUMBERS = {int: 'a number', float: 'a number', bool: 'True or False', type(None): 'None'}
+YES_AND_NO = ('yes', 'no', 'on', 'off', 'y', 'n', 't', 'f', 'none', '')
 
 
 def unlike_annotation(parameter: Parameter | None, value: Any) -> str | None:
     """What a parameter takes, if its annotation says numbers and bools alone and ``value`` is text.
 
-    Annotations are not always true: a tuple is often given for a number.
+    Annotations are not always true: a tuple is often given for a number, a name for a bool.
     """
     if parameter is None or not isinstance(value, str):
         return None
     kinds = list(simple_types(parameter.annotation))
     if not all(kind in NUMBERS for kind in kinds):
+        return None
+    if bool in kinds and value.lower() not in YES_AND_NO:
         return None
     return ' or '.join(dict.fromkeys(NUMBERS[kind] for kind in kinds))
 
