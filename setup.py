@@ -41,6 +41,7 @@ EXTRAS = {
     # corruptions and lists of classes; imagecorruptions itself does not run on numpy 2
     'robustness': ['imagecorruptions-imaug>=1.1.5', 'timm>=1.0.31'],
     'test': [
+        'hypothesis>=6.100',
         'pytest',
         'pytest-randomly',
         'pytest-xdist',

@@ -1,8 +1,18 @@
 import itertools
+import os
 import time
 
+import hypothesis
 import pytest
 from mmengine.registry import DefaultScope
+
+# The same few examples in every run; `HYPOTHESIS_PROFILE=long` runs many, others each time, and
+# prints what reproduces a failure.
+hypothesis.settings.register_profile(
+    'suite', deadline=None, max_examples=25, derandomize=True, database=None
+)
+hypothesis.settings.register_profile('long', deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'suite'))
 
 runs = itertools.count()
 

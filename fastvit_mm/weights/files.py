@@ -22,6 +22,7 @@ from fastvit_mm.errors import FastViTError, one_line
 from fastvit_mm.models import ARCHS
 
 from .states import State
+from .unfolding import refuse_unfolding
 
 PUBLISHED = (
     'https://docs-assets.developer.apple.com/ml-research/models/fastvit/'
@@ -143,12 +144,14 @@ def read(source: str | Path, map_location='cpu') -> dict:
         map_location: as for ``torch.load``; ``.safetensors`` are read to the CPU.
 
     Raises:
-        FastViTError: the file is damaged, or contains types that are not plain data.
+        FastViTError: the file is damaged, contains types that are not plain data, or unfolds to
+            more than its size.
     """
     place = find(source)
     file = place if isinstance(place, Path) else content_of(place)
     if str(place).endswith('.safetensors'):
         return read_safetensors(file, place)
+    refuse_unfolding(file, place)
     try:
         with torch.serialization.safe_globals(harmless_types()):
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
