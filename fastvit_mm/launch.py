@@ -15,6 +15,7 @@ from . import failures, settings, weights
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
+from .hooks import AfterFailureHook
 from .reparameterize import network, unwrap
 
 
@@ -126,7 +127,11 @@ def check_data(cfg: Config, *stages: str) -> None:
 
 
 class Runner(BaseRunner):
-    """mmengine's runner, with checkpoints read safely and loaded strictly."""
+    """mmengine's runner, with checkpoints read safely and loaded strictly; a test that fails leaves
+    nothing behind."""
+
+    def register_hooks(self, default_hooks=None, custom_hooks=None):
+        super().register_hooks(default_hooks, [*(custom_hooks or []), AfterFailureHook()])
 
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save as to_safetensors
+from test_properties import share
 
 from fastvit_mm import FastViT, FastViTError, weights
 from fastvit_mm.weights import layouts
@@ -176,6 +177,7 @@ BEGINNINGS = [
 ]
 
 
+@share(8)
 @given(st.sampled_from(BEGINNINGS), st.binary(max_size=400), suffixes)
 def test_random_bytes(folder, beginning, rest, suffix):
     read(folder, beginning + rest, suffix)
@@ -207,6 +209,7 @@ def mutated(draw):
     return bytes(content)
 
 
+@share(8)
 @given(mutated(), suffixes)
 def test_mutated_files(folder, content, suffix):
     read(folder, content, suffix)
