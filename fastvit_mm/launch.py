@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as BaseRunner
 
-from . import weights
+from . import processes, weights
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
 from .reparameterize import network, unwrap
+from .watch import one_fate
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -47,10 +49,6 @@ def load_config(args: argparse.Namespace) -> Config:
         FastViTError: the file does not exist or cannot be read.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.launcher != 'none' and not torch.cuda.is_available():
-        raise FastViTError(
-            f'--launcher {args.launcher} needs GPUs, but none was found: leave it out'
-        )
     path = Path(args.config)
     if not path.is_file():
         raise FastViTError(f'config {path} does not exist: the configs are under configs/<task>/')
@@ -64,6 +62,7 @@ def load_config(args: argparse.Namespace) -> Config:
         apply_demo(cfg)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    processes.check(cfg, args.launcher)
     cfg.launcher = args.launcher
     folder = Path('work_dirs', 'demo' if args.demo else '', path.stem)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(folder)
@@ -110,7 +109,17 @@ def check_data(cfg: Config, *stages: str) -> None:
 
 
 class Runner(BaseRunner):
-    """mmengine's runner, with checkpoints read safely and loaded strictly."""
+    """mmengine's runner, with checkpoints read safely and loaded strictly; several processes run
+    on CPUs, too."""
+
+    def setup_env(self, env_cfg):
+        processes.join(self.launcher, env_cfg.get('dist_cfg', {}))
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg, model):
+        if self.distributed and not is_model_wrapper(model):
+            model_wrapper_cfg = processes.wrapper(self.cfg)
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.
@@ -159,7 +168,8 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
 def run(main: Callable[[list[str] | None], None]) -> None:
     """Call ``main``; print an error that is meant for users as one line and exit with code 2."""
     try:
-        main(None)
+        with one_fate():
+            main(None)
     except FastViTError as error:
         # A registry that was building an object raises the error again with its own prefix.
         while isinstance(error.__context__, FastViTError):

@@ -1,6 +1,7 @@
 """Hooks for mmengine's runner, one per file; any config can use each on its own."""
 
+from .accumulate import AccumulateHook
 from .reparameterize import ReparameterizeHook
 from .sync_statistics import SyncStatisticsHook
 
-__all__ = ['ReparameterizeHook', 'SyncStatisticsHook']
+__all__ = ['AccumulateHook', 'ReparameterizeHook', 'SyncStatisticsHook']
