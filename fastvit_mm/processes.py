@@ -19,7 +19,7 @@ from mmengine.registry import MODEL_WRAPPERS
 
 from . import watch
 from .errors import FastViTError, one_line
-from .models.sync_batch_norm import run_on_cpu
+from .sync_batch_norm import run_on_cpu
 
 #: By launcher: what starts the processes, and where it says which one this is.
 LAUNCHERS = {

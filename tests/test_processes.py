@@ -31,9 +31,19 @@ _base_ = '{base}'
 arch = dict(_delete_=True, depths=(1, 1, 1, 1), widths=(16, 32, 64, 64), ffn_ratio=2)
 model = dict(backbone=dict(arch=arch), {rest})
 """
-PYRAMID = 'neck=dict(in_channels=[16, 32, 64, 64])'
 POOLED = 'neck=dict(in_channels=64), head=dict(in_channels=128)'
-REST = dict(classification=POOLED, detection=PYRAMID, segmentation=PYRAMID, hand_mesh=POOLED)
+PYRAMID = 'neck=dict(in_channels=[16, 32, 64, 64], out_channels=32)'
+REST = dict(
+    classification=POOLED,
+    detection=f"""{PYRAMID}, rpn_head=dict(in_channels=32, feat_channels=32), roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32),
+        mask_roi_extractor=dict(out_channels=32),
+        bbox_head=dict(in_channels=32, fc_out_channels=64),
+        mask_head=dict(in_channels=32, conv_out_channels=32, num_convs=1),
+    )""",
+    segmentation=f'{PYRAMID}, decode_head=dict(in_channels=[32] * 4, channels=16)',
+    hand_mesh=POOLED,
+)
 PATIENCE = 400  # seconds, on two busy cores
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 

@@ -46,7 +46,6 @@ def run(task, home, name, *given, batch=4, hooks=()):
     """Train for five steps with an EMA; gives the runner and what Track has seen."""
     cfg = ranks_program.load(shallow(task, home), 'none', home / task / name)
     ranks_program.prepare(cfg, batch, STEPS)
-    cfg.train_dataloader.dataset.indices = 4 * STEPS
     cfg.randomness = dict(seed=42)
     average = dict(type='EMAHook', momentum=0.3, update_buffers=True)
     cfg.custom_hooks = [dict(type='SyncStatisticsHook'), average]
