@@ -16,6 +16,7 @@ from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
 from .reparameterize import network, unwrap
+from .train_options import compile_network
 from .watch import one_fate
 
 
@@ -120,6 +121,9 @@ class Runner(BaseRunner):
         if self.distributed and not is_model_wrapper(model):
             model_wrapper_cfg = processes.wrapper(self.cfg)
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def _maybe_compile(self, target):
+        compile_network(network(self.model), self.cfg.get('compile'))
 
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.

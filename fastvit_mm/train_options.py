@@ -1,6 +1,7 @@
 """Options of training that change how a config is computed, not what it computes."""
 
 import argparse
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='?',
         const='inductor',
         metavar='BACKEND',
-        help='train a model compiled by torch.compile (inductor)',
+        help='train with backbone and neck compiled by torch.compile (inductor)',
     )
 
 
@@ -102,3 +103,32 @@ def mixed_precision(cfg: Config, kind: str) -> None:
     else:
         wrapper.type = 'AmpOptimWrapper'
         wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def compile_network(model: nn.Module, settings: bool | dict | None) -> None:
+    """Let the backbone and the neck of ``model`` run compiled in training.
+
+    mmengine compiles the whole training step, optimizer included, which PyTorch 2.14 cannot. What
+    is compiled here keeps its parameters' names, and copies of it (averages, the deploy form) are
+    not compiled.
+
+    Args:
+        settings: a config's ``compile``: arguments of ``torch.compile``, or whether to compile.
+    """
+    if not settings:
+        return
+    for name in ('backbone', 'neck'):
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            part.compile(**({} if settings is True else settings))
+            part._compiled_call_impl = only_in_training(part)
+
+
+def only_in_training(module: nn.Module) -> Callable:
+    """Tests have images of many sizes, for each of which a compiler would begin again."""
+    compiled = module._compiled_call_impl
+
+    def call(*args, **kwargs):
+        return (compiled if module.training else module._call_impl)(*args, **kwargs)
+
+    return call
