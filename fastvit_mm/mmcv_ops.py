@@ -124,8 +124,8 @@ _ALIGN_SAMPLES = itemgetter('sampling_ratio', 'aligned')
 
 
 def _single(x):
-    """``x`` in at least float32: half precision rounds boxes to whole pixels, and torchvision has no
-    gradient in it on CPUs."""
+    """``x`` in at least float32: half precision rounds boxes to whole pixels, and on CPUs
+    torchvision has no gradients in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -15,7 +15,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ranks_program
+import torch
 from mmengine.config import Config
+from mmpretrain.registry import MODELS
 
 from fastvit_mm import FastViTError, processes, watch
 
@@ -194,24 +197,29 @@ def slurm_task(number, port):
 
 
 @pytest.mark.slow
-def test_one_is_killed(results, home, tmp_path):
+def test_one_is_killed(home, tmp_path, monkeypatch):
     """Under Slurm, where nothing else ends the other one; before, one of them fetches the weights
     for both."""
-    (weights,) = (home / '1' / 'classification').glob('*.pth')
-    train = [sys.executable, ROOT / 'tools/train.py', shallow('classification', home), '--demo']
+    monkeypatch.chdir(home)
+    config = shallow('classification', home)
+    cfg = ranks_program.load(config, 'none', tmp_path)
+    (shelf := tmp_path / 'shelf').mkdir()
+    state = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).state_dict()
+    torch.save(dict(state_dict=state), shelf / 'weights.pth')
+    train = [sys.executable, ROOT / 'tools/train.py', config, '--demo']
     train += ['--launcher', 'slurm', '--work-dir', tmp_path / 'work', '--cfg-options']
     train += ['default_hooks.logger.interval=1', 'val_cfg=None', 'val_dataloader=None']
     train += ['val_evaluator=None', 'train_dataloader.batch_size=4']
     train += ['default_hooks.checkpoint.save_best=None', 'train_dataloader.num_workers=1']
     port, own = free_port(), {'TORCH_HOME': str(tmp_path / 'cache')}
-    with served(weights.parent) as address:
-        command = [*train, f'load_from={address}/{weights.name}']
+    with served(shelf) as address:
+        command = [*train, f'load_from={address}/weights.pth']
         tasks = [(command, {**slurm_task(number, port), **own}) for number in (0, 1)]
         with Started(home / 'killed', *tasks) as run:
-            run.wait_for('[  20/')
+            run.wait_for('Epoch(train)')
             run.processes[1].kill()
             code, error = run.end(seconds=30)
-    assert Shelf.asked == [f'/{weights.name}']
+    assert Shelf.asked == ['/weights.pth']
     assert code == 1 and 'Traceback' not in error
     (line,) = re.findall('^error: .*', error, re.MULTILINE)
     assert line.startswith('error: rank 1 died without a word')

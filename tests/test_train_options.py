@@ -96,6 +96,17 @@ def test_options(task, home, monkeypatch):
     assert not any('_orig_mod' in name for name in names)
 
 
+@pytest.mark.slow
+def test_inductor(home, monkeypatch):
+    """PyTorch's own compiler, whose kernels round differently."""
+    monkeypatch.chdir(home)
+    torch._dynamo.reset()
+    _, plain = run('classification', home, 'eager')
+    _, compiled = run('classification', home, 'inductor', '--compile')
+    assert compiled.losses == pytest.approx(plain.losses, abs=1e-3)
+    assert compiled.losses != plain.losses
+
+
 @pytest.mark.parametrize(
     'count, parts, sizes', [(8, 2, [4, 4]), (9, 2, [3] * 3), (5, 2, [1] * 5), (1, 4, [1])]
 )
