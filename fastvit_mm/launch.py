@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as BaseRunner
 
-from . import failures, settings, weights
+from . import failures, processes, settings, weights
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
 from .hooks import AfterFailureHook
 from .reparameterize import network, unwrap
+from .train_options import compile_network
+from .watch import one_fate
 
 
 def debug_argument(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +64,6 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
         FastViTError: the file does not exist or cannot be read, or a setting is wrong.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.launcher != 'none' and not torch.cuda.is_available():
-        raise FastViTError(
-            f'--launcher {args.launcher} needs GPUs, but none was found: leave it out'
-        )
     path = Path(args.config)
     if not path.is_file():
         raise FastViTError(f'config {path} does not exist: the configs are under configs/<task>/')
@@ -81,6 +80,7 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
     if args.cfg_options:
         settings.check(cfg, settings.merge(cfg, args.cfg_options), reads)
     settings.check_widths(cfg.model)
+    processes.check(cfg, args.launcher)
     cfg.launcher = args.launcher
     folder = Path('work_dirs', 'demo' if args.demo else '', path.stem)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(folder)
@@ -127,11 +127,23 @@ def check_data(cfg: Config, *stages: str) -> None:
 
 
 class Runner(BaseRunner):
-    """mmengine's runner, with checkpoints read safely and loaded strictly; a test that fails leaves
-    nothing behind."""
+    """mmengine's runner, with checkpoints read safely and loaded strictly; several processes run
+    on CPUs, too; a test that fails leaves nothing behind."""
 
     def register_hooks(self, default_hooks=None, custom_hooks=None):
         super().register_hooks(default_hooks, [*(custom_hooks or []), AfterFailureHook()])
+
+    def setup_env(self, env_cfg):
+        processes.join(self.launcher, env_cfg.get('dist_cfg', {}))
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg, model):
+        if self.distributed and not is_model_wrapper(model):
+            model_wrapper_cfg = processes.wrapper(self.cfg)
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def _maybe_compile(self, target):
+        compile_network(network(self.model), self.cfg.get('compile'))
 
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.
@@ -186,7 +198,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     """
     debug = '--debug' in (sys.argv[1:] if argv is None else argv)
     try:
-        main(argv)
+        with one_fate():
+            main(argv)
     except Exception as error:
         sys.stdout.flush()
         if debug:

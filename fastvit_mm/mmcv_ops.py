@@ -123,22 +123,23 @@ _POOL_BINS = itemgetter('spatial_scale', 'pooled_height', 'pooled_width')
 _ALIGN_SAMPLES = itemgetter('sampling_ratio', 'aligned')
 
 
-def _known_to_torchvision(x: Tensor) -> Tensor:
-    """It has no bfloat16, in which a box's corner would be off by pixels anyway."""
-    return x.float() if x.dtype == torch.bfloat16 else x
+def _single(x):
+    """``x`` in at least float32: half precision rounds boxes to whole pixels, and on CPUs
+    torchvision has no gradients in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def roi_align_forward(input, rois, output, argmax_y, argmax_x, *, pool_mode, **options):
     if pool_mode != 1:
         raise NotImplementedError(_needs_build("'roi_align_forward' with pool_mode='max'"))
     options = *_ALIGN_BINS(options), *_ALIGN_SAMPLES(options)
-    input = _known_to_torchvision(input)
+    input, rois = _single(input), _single(rois)
     output.copy_(_torchvision().roi_align(input, rois.to(input), *options))
 
 
 def roi_align_backward(grad_output, rois, argmax_y, argmax_x, grad_input, **options):
     options = *_ALIGN_BINS(options), *grad_input.shape, *_ALIGN_SAMPLES(options)
-    grad_output = _known_to_torchvision(grad_output)
+    grad_output, rois = _single(grad_output), _single(rois)
     rois = rois.to(grad_output)
     grad_input.copy_(_torchvision()._roi_align_backward(grad_output, rois, *options))
 

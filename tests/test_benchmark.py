@@ -72,6 +72,7 @@ def run(tool, monkeypatch, capfd):
         ['compare', '--archs', 'FastViT-T8', 'MobileOne-S0'],
         ['growth', '--archs', 'sa12', '--sizes', '32', '64'],
         ['loading', '--images', '2', '--batch', '2', '--workers', '0'],
+        ['processes', '--archs', 't8', '--sizes', '32', '--batch', '2'],
         ['whole', '--size', '64', '64'],
     ],
     ids=lambda args: ' '.join(args[:1] + [a for a in args if a in ('--half', '--checkpointing')]),

@@ -99,8 +99,7 @@ class Spy(fastvit_mm.ReparameterizeHook):
 def make_runner(tmp_path, model, hooks=(), name='run', tests=Noise, **args):
     data = dict(dataset=Noise(), sampler=dict(type='DefaultSampler', shuffle=True), batch_size=4)
     test = dict(dataset=tests(), sampler=dict(type='DefaultSampler', shuffle=False), batch_size=4)
-    return Runner(
-        model,
+    settings = dict(
         work_dir=str(tmp_path / name),
         train_dataloader=data,
         train_cfg=dict(by_epoch=True, max_epochs=1),
@@ -113,8 +112,8 @@ def make_runner(tmp_path, model, hooks=(), name='run', tests=Noise, **args):
         experiment_name=f'{tmp_path.name}-{name}',
         randomness=dict(seed=0),
         log_level='ERROR',
-        **args,
     )
+    return Runner(model, **{**settings, **args})
 
 
 def tiny_model(seed=0):

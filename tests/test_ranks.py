@@ -1,5 +1,6 @@
 """Two processes that really run (gloo, on the CPU): what the hooks do on several ranks."""
 
+import copy
 import json
 import time
 from datetime import timedelta
@@ -9,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from mmengine.hooks import EMAHook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import MMDistributedDataParallel
+from randomize import randomize, relative
 from test_hook import Noise, Spy, make_runner, tiny_model
 
 import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
+from fastvit_mm.sync_batch_norm import SyncBatchNorm
 
 RANKS = 2
 
@@ -59,11 +62,11 @@ class Watch(fastvit_mm.hooks.SyncStatisticsHook):
     def __init__(self):
         self.apart, self.wrong = [], []
 
-    def after_train_epoch(self, runner):
+    def average(self, runner):
         ema = next(h for h in runner.hooks if isinstance(h, EMAHook))
         models = (runner.model.module, ema.ema_model.module)
         before = [statistics(m) for m in models]
-        super().after_train_epoch(runner)
+        super().average(runner)
         for model, own in zip(models, before, strict=True):
             each = [torch.empty_like(own) for _ in range(RANKS)]
             dist.all_gather(each, own)
@@ -127,7 +130,73 @@ def one_unreadable_image(rank, folder):
         return [type(error).__name__, str(error)]
 
 
-SCENARIOS = (whole_run, one_wrong_merge, one_unreadable_image)
+def checkpoint_of_an_iteration(rank, folder):
+    """What rank 0 saves between two epochs, against the mean of what the ranks had gathered."""
+    kept = []
+
+    class Keep(Hook):
+        priority = 'VERY_HIGH'
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            own = statistics(runner.model.module)
+            each = [torch.empty_like(own) for _ in range(RANKS)]
+            dist.all_gather(each, own)
+            kept.append(each)
+
+    model, hooks = tiny_model(), [Keep(), fastvit_mm.hooks.SyncStatisticsHook()]
+    save = dict(type='CheckpointHook', by_epoch=False, interval=1, save_last=False)
+    settings = dict(train_cfg=dict(by_epoch=False, max_iters=2))
+    settings.update(default_hooks=dict(checkpoint=save), log_processor=dict(by_epoch=False))
+    runner = make_runner(folder, model, hooks, name='iterations', **settings)
+    runner.model = MMDistributedDataParallel(model, broadcast_buffers=False)
+    runner.train()
+    dist.barrier()
+    found = []
+    for number, each in enumerate(kept, 1):
+        file = torch.load(folder / 'iterations' / f'iter_{number}.pth', weights_only=False)
+        state = {k: v for k, v in file['state_dict'].items() if k.endswith(('_mean', '_var'))}
+        saved = torch.cat([v.flatten() for v in state.values()])
+        apart = float((each[0] - each[1]).abs().max())
+        found.append([apart, float((saved - sum(each) / RANKS).abs().max())])
+    return found
+
+
+def normalization(rank, folder):
+    """SyncBatchNorm against PyTorch's BatchNorm with the images of all ranks."""
+    found = {}
+    for momentum, dtype in ((0.1, torch.float64), (None, torch.float64), (0.1, torch.bfloat16)):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(7, 4, 5, 3, generator=generator, dtype=torch.float64) * 3 + 2
+        slopes = torch.randn(7, 4, 5, 3, generator=generator, dtype=torch.float64)
+        whole = randomize(torch.nn.BatchNorm2d(4, momentum=momentum).double())
+        parts = copy.deepcopy(whole)
+        parts.__class__ = SyncBatchNorm
+        own = slice(0, 2) if rank == 0 else slice(2, 7)
+        images, slopes = (x.to(dtype).double() for x in (images, slopes))
+        results = []
+        for norm, x, dy in ((whole, images, slopes), (parts, images[own], slopes[own])):
+            if norm is parts and dtype is torch.bfloat16:
+                norm, x, dy = norm.float(), x.to(dtype), dy.to(dtype)
+            x = x.clone().requires_grad_()
+            y = norm(x)
+            y.backward(dy)
+            for p in norm.parameters() if norm is parts else ():
+                dist.all_reduce(p.grad)
+            results.append([y, x.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+        (y, dx, *rest), mine = results
+        reference = [y[own], dx[own], *rest]
+        differences = [relative(a, b) for a, b in zip(mine, reference, strict=True)]
+        found[f'{momentum} {dtype}'] = [max(differences), str(mine[0].dtype)]
+    return found
+
+
+SCENARIOS = (
+    whole_run,
+    one_wrong_merge,
+    one_unreadable_image,
+    checkpoint_of_an_iteration,
+    normalization,
+)
 
 
 def test_a_whole_run(results):
@@ -152,3 +221,20 @@ def test_one_unreadable_image_ends_all(results):
     first, second = (result['one_unreadable_image'] for result in results)
     assert second == ['OSError', 'image 0 cannot be read']
     assert first == ['FastViTError', 'rank 1 failed: image 0 cannot be read']
+
+
+def test_a_checkpoint_of_an_iteration_has_the_statistics_of_all(results):
+    for result in results:
+        found = result['checkpoint_of_an_iteration']
+        assert len(found) == 2
+        for apart, wrong in found:
+            assert apart > 1e-3 and wrong < 1e-6
+
+
+def test_normalization_over_ranks(results):
+    for result in results:
+        found = result['normalization']
+        assert len(found) == 3
+        for name, (difference, dtype) in found.items():
+            assert name.endswith(dtype)
+            assert difference < (1e-2 if 'bfloat16' in dtype else 1e-12), (name, difference)

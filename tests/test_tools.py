@@ -121,8 +121,8 @@ def test_configs_that_cannot_be_used(tool, tmp_path):
     (broken := tmp_path / 'broken.py').write_text('model = dict(\n')
     refusal(tool('train', broken), 'broken.py', 'cannot be read')
     if not torch.cuda.is_available():
-        refusal(tool('train', CLASSIFICATION, '--demo', '--amp'), '--amp', 'GPU')
-        refusal(tool('test', CLASSIFICATION, 'x.pth', '--launcher', 'pytorch'), '--launcher', 'GPU')
+        refusal(tool('train', CLASSIFICATION, '--demo', '--amp', 'fp16'), '--amp fp16', 'bf16')
+    refusal(tool('test', CLASSIFICATION, 'x.pth', '--launcher', 'pytorch'), 'RANK', 'torchrun')
 
 
 @pytest.mark.parametrize('config', CONFIGS)

@@ -1,6 +1,6 @@
 """Measure fastvit_mm against timm and other networks; docs/benchmarks.md has the results.
 
-python tools/benchmark.py deploy|whole|train|export|compare|growth|loading [--json F] [--plot F] ...
+python tools/benchmark.py deploy|whole|train|export|compare|growth|loading|processes [--json F] ...
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks import measure
 from benchmarks.apart import settle
 from benchmarks.report import Report, check_targets, find_section
 
-COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading')
+COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading', 'processes')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

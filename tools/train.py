@@ -1,13 +1,12 @@
 """Train a config:
-python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp] [--tensorboard] ...
+python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp [fp16|bf16]] ...
 """
 
-import torch
 from mmengine.config import Config
 
 import fastvit_mm  # noqa: F401
-from fastvit_mm import launch, weights
-from fastvit_mm.errors import FastViTError, require
+from fastvit_mm import launch, train_options, weights
+from fastvit_mm.errors import require
 
 
 def log_to_tensorboard(cfg: Config) -> None:
@@ -26,20 +25,16 @@ def main(argv: list[str] | None = None) -> None:
         const='auto',
         help='resume from FILE, or (auto) from the latest checkpoint in the work dir',
     )
-    parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
     parser.add_argument(
         '--tensorboard', action='store_true', help='log to vis_data/ for `tensorboard --logdir`'
     )
+    train_options.add_arguments(parser)
     args = parser.parse_args(argv)
 
     if args.tensorboard:
         require('--tensorboard', 'tensorboard')
     cfg = launch.load_config(args, training=True)
-    if args.amp:
-        if not torch.cuda.is_available():
-            raise FastViTError('--amp needs a GPU, but none was found: train without --amp')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    train_options.apply(cfg, args)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume

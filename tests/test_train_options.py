@@ -1,0 +1,155 @@
+"""--accumulate, --amp, --auto-scale-lr and --compile, with every task."""
+
+import argparse
+
+import pytest
+import ranks_program
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook, Hook
+from test_processes import CONFIGS, shallow
+from torch._dynamo import register_backend
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastvit_mm import FastViTError, launch, train_options
+from fastvit_mm.hooks.accumulate import split
+
+STEPS = 5
+graphs = []  # that the compiler below was given
+
+
+@register_backend
+def noting(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+
+class Frozen(Hook):
+    """Batches normalized alike, however they are divided."""
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        for module in runner.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+class Track(ranks_program.Record):
+    def after_train(self, runner):
+        ema = next(h for h in runner.hooks if isinstance(h, EMAHook))
+        self.averaged = ema.ema_model.module.state_dict()
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp('options')
+
+
+def options(*given):
+    parser = argparse.ArgumentParser()
+    train_options.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def run(task, home, name, *given, batch=4, hooks=()):
+    """Train for five steps with an EMA; gives the runner and what Track has seen."""
+    cfg = ranks_program.load(shallow(task, home), 'none', home / task / name)
+    ranks_program.prepare(cfg, batch, STEPS)
+    cfg.randomness = dict(seed=42)
+    average = dict(type='EMAHook', momentum=0.3, update_buffers=True)
+    cfg.custom_hooks = [dict(type='SyncStatisticsHook'), average]
+    train_options.apply(cfg, options(*given))
+    runner = launch.Runner.from_cfg(cfg)
+    for hook in (track := Track(), *hooks):
+        runner.register_hook(hook)
+    runner.train()
+    return runner, track
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', CONFIGS)
+def test_options(task, home, monkeypatch):
+    monkeypatch.chdir(home)
+    _, whole = run(task, home, 'whole', hooks=[Frozen()])
+    _, parts = run(task, home, 'parts', '--accumulate', '2', batch=2, hooks=[Frozen()])
+    assert len(whole.losses) == STEPS and whole.losses[0] != whole.losses[-1]
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-4)
+    for name, value in whole.averaged.items():
+        assert torch.allclose(parts.averaged[name].double(), value.double(), atol=1e-3), name
+
+    graphs.clear()
+    torch._dynamo.reset()  # or it has another task's
+    together = ['--amp', '--accumulate', '2', '--compile', 'noting', '--auto-scale-lr']
+    runner, track = run(task, home, 'together', *together, batch=2)
+    assert graphs
+    rate = 4 / runner.auto_scale_lr['base_batch_size']
+    assert runner.optim_wrapper.optimizer.param_groups[0]['initial_lr'] == pytest.approx(
+        rate * runner.cfg.optim_wrapper.optimizer.lr
+    )
+    assert type(runner.optim_wrapper).__name__ == 'BFloat16OptimWrapper'
+    _, plain = run(task, home, 'alone', batch=4)
+    assert track.losses[0] == pytest.approx(plain.losses[0], rel=0.1)
+    assert track.losses[0] != plain.losses[0]
+    assert all(0 < loss < 2 * plain.losses[0] for loss in track.losses)
+    (file,) = (home / task / 'together').glob('*.pth')
+    names = torch.load(file, weights_only=False)['state_dict']
+    assert set(names) == set(runner.model.state_dict())
+    assert not any('_orig_mod' in name for name in names)
+
+
+@pytest.mark.slow
+def test_inductor(home, monkeypatch):
+    """PyTorch's own compiler, whose kernels round differently."""
+    monkeypatch.chdir(home)
+    torch._dynamo.reset()
+    _, plain = run('classification', home, 'eager')
+    _, compiled = run('classification', home, 'inductor', '--compile')
+    assert compiled.losses == pytest.approx(plain.losses, abs=1e-3)
+    assert compiled.losses != plain.losses
+
+
+@pytest.mark.parametrize(
+    'count, parts, sizes', [(8, 2, [4, 4]), (9, 2, [3] * 3), (5, 2, [1] * 5), (1, 4, [1])]
+)
+def test_parts_are_equal(count, parts, sizes):
+    """A mean of means is the mean of all only then."""
+    data = dict(inputs=torch.arange(count), data_samples=[f'{i}' for i in range(count)])
+    found = split(data, parts)
+    assert [len(part['inputs']) for part in found] == sizes
+    assert torch.cat([part['inputs'] for part in found]).tolist() == list(range(count))
+    for part in found:
+        assert part['data_samples'] == [f'{i}' for i in part['inputs']]
+
+
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        (['--amp', 'fp16'], '--amp fp16 needs a GPU.*--amp bf16'),
+        (['--auto-scale-lr'], 'auto_scale_lr.base_batch_size'),
+        (['--compile', 'inductr'], '--compile inductr: one of .*inductor'),
+    ],
+)
+def test_what_cannot_be_done(given, words, monkeypatch):
+    monkeypatch.setattr(train_options, 'get_device', lambda: 'cpu')
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    with pytest.raises(FastViTError, match=words):
+        train_options.apply(cfg, options(*given))
+
+
+def test_numbers_of_parts(capsys):
+    for number in ('0', '-1', 'two'):
+        with pytest.raises(SystemExit):
+            options('--accumulate', number)
+        assert 'not a positive integer' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'kind, wrapper',
+    [('auto', 'AmpOptimWrapper'), ('fp16', 'AmpOptimWrapper'), ('bf16', 'BFloat16OptimWrapper')],
+)
+def test_half_precision_on_a_gpu(kind, wrapper, monkeypatch):
+    monkeypatch.setattr(train_options, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    train_options.apply(cfg, options('--amp', kind))
+    assert cfg.optim_wrapper.type == wrapper
+    assert ('loss_scale' in cfg.optim_wrapper) == (kind != 'bf16')
