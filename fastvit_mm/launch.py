@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as BaseRunner
 
-from . import weights
+from . import weights, work_dir
+from .batches import death_of_worker
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
@@ -112,6 +114,38 @@ def check_data(cfg: Config, *stages: str) -> None:
 class Runner(BaseRunner):
     """mmengine's runner, with checkpoints read safely and loaded strictly."""
 
+    def train(self):
+        try:
+            with work_dir.says_if_not_writable(self.work_dir):
+                return super().train()
+        except RuntimeError as error:
+            loops = [o for o in (self._train_loop, self._val_loop) if isinstance(o, BaseLoop)]
+            if death := death_of_worker(error, [loop.dataloader for loop in loops]):
+                raise death from error
+            raise
+        finally:
+            self.call_hook('restore')
+
+    def load_or_resume(self):
+        if self._resume and self._load_from is None:
+            self._load_from = work_dir.latest(self.work_dir)
+            if not self._load_from:
+                self.logger.info(f'no checkpoint in {self.work_dir} yet: starting a new run')
+            self._resume = self._load_from is not None
+        super().load_or_resume()
+
+    def resume(self, filename, *args, **kwargs):
+        try:
+            super().resume(str(filename), *args, **kwargs)
+        except FastViTError:
+            raise
+        except Exception as error:  # whatever is in the file
+            raise FastViTError(
+                f'{filename} cannot be resumed: its optimizer, schedule or state does not fit this '
+                f'config ({one_line(error)}): start from its weights with '
+                f'--cfg-options load_from={filename}'
+            ) from error
+
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.
         if self._train_dataloader is not None:
@@ -121,6 +155,8 @@ class Runner(BaseRunner):
         model = network(self.model)
         tests_only = self._train_dataloader is None
         checkpoint = weights.prepare(model, filename, whole=self._resume or tests_only)
+        if self._resume:
+            work_dir.check_resumable(checkpoint, filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model.load_state_dict(checkpoint['state_dict'], strict=False)
         self._has_loaded = True
@@ -160,6 +196,8 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     """Call ``main``; print an error that is meant for users as one line and exit with code 2."""
     try:
         main(None)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except FastViTError as error:
         # A registry that was building an object raises the error again with its own prefix.
         while isinstance(error.__context__, FastViTError):

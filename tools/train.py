@@ -1,12 +1,12 @@
 """Train a config:
-python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp] [--tensorboard] ...
+python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--overwrite] [--amp] ...
 """
 
 import torch
 from mmengine.config import Config
 
 import fastvit_mm  # noqa: F401
-from fastvit_mm import launch, weights
+from fastvit_mm import launch, weights, work_dir
 from fastvit_mm.errors import FastViTError, require
 
 
@@ -26,6 +26,14 @@ def main(argv: list[str] | None = None) -> None:
         const='auto',
         help='resume from FILE, or (auto) from the latest checkpoint in the work dir',
     )
+    parser.add_argument(
+        '--overwrite', action='store_true', help="replace an earlier run's checkpoints"
+    )
+    parser.add_argument(
+        '--nonfinite',
+        choices=['stop', 'skip'],
+        help='what to do when a loss or gradient is NaN or infinite (stop)',
+    )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
     parser.add_argument(
         '--tensorboard', action='store_true', help='log to vis_data/ for `tensorboard --logdir`'
@@ -40,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             raise FastViTError('--amp needs a GPU, but none was found: train without --amp')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.resume and args.overwrite:
+        raise FastViTError('--resume continues the earlier run, --overwrite replaces it: give one')
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -47,9 +57,16 @@ def main(argv: list[str] | None = None) -> None:
         log_to_tensorboard(cfg)
     if cfg.get('load_from'):
         cfg.load_from = str(weights.find(cfg.load_from))
+    if args.nonfinite:
+        hook = dict(type='FiniteLossHook', action=args.nonfinite)
+        cfg.merge_from_dict({'default_hooks.finite': hook})
     launch.check_data(cfg, 'train', 'val')
 
-    launch.Runner.from_cfg(cfg).train()
+    with work_dir.claim(cfg.work_dir, cfg.get('resume'), args.overwrite):
+        runner = launch.Runner.from_cfg(cfg)
+        if args.overwrite:
+            work_dir.clear(cfg.work_dir, keep=cfg.get('load_from'))
+        runner.train()
 
 
 if __name__ == '__main__':
