@@ -1,5 +1,6 @@
 """Runs that are killed, stopped and resumed, beside one that nothing disturbed."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -115,7 +116,7 @@ def test_killed_within_a_validation(tmp_path, undisturbed, by_epoch):
     assert forked(train, tmp_path, by_epoch=by_epoch, hooks=hooks) == -signal.SIGKILL
     checkpoint = torch.load(work_dir.latest(tmp_path), weights_only=False)
     assert checkpoint['meta']['iter'] == iteration
-    assert checkpoint['message_hub']['runtime_info'].get('validated', 0) < iteration
+    assert checkpoint['message_hub']['runtime_info'].get('last_validation', 0) < iteration
     resume(tmp_path, by_epoch=by_epoch)
     check_same(tmp_path, by_epoch, undisturbed)
 
@@ -173,6 +174,15 @@ def test_a_second_signal_stops_at_once(tmp_path):
 def test_number_of_data_workers_does_not_matter(undisturbed):
     for by_epoch in (True, False):
         assert undisturbed(by_epoch, 0) == undisturbed(by_epoch, 2)
+
+
+def test_nothing_of_ours_is_logged_as_a_metric(tmp_path):
+    """mmengine takes what begins with `val` in its message hub for one."""
+    assert forked(train, tmp_path) == 0
+    (log,) = tmp_path.glob('*/vis_data/scalars.json')
+    names = {name for line in log.read_text().splitlines() for name in json.loads(line)}
+    ours = {'loss', 'lr', 'grad_norm', 'score'}
+    assert names - {'time', 'data_time', 'step', 'iter', 'epoch', 'memory', 'base_lr'} == ours
 
 
 def test_mmengines_own_runner(tmp_path, undisturbed):

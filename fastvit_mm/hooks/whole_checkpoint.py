@@ -95,7 +95,7 @@ class WholeCheckpointHook(CheckpointHook):
         loop._decide_current_val_interval()
         done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
         due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
-        return due and runner.message_hub.runtime_info.get('validated') != loop.iter
+        return due and runner.message_hub.runtime_info.get('last_validation') != loop.iter
 
     def state(self, runner: Runner) -> dict:
         """What a checkpoint holds for resuming; called by all ranks."""
@@ -120,7 +120,7 @@ class WholeCheckpointHook(CheckpointHook):
         set_random_states(states)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
-        runner.message_hub.update_info('validated', runner.iter)
+        runner.message_hub.update_info('last_validation', runner.iter)
         super().after_val_epoch(runner, metrics)
 
     def save_now(self, runner: Runner, epoch: int, iteration: int) -> str:
