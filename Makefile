@@ -28,7 +28,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo test test-oldest soak lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | column -t -s '|'
@@ -42,6 +42,9 @@ test: $(VENV)/.installed $(if $(filter onedl-pinned,$(STACK)-$(TORCH)),lint) ## 
 
 test-oldest: ## run the tests of model, weights and export with the oldest torch that setup.py allows
 	@$(MAKE) --no-print-directory test TORCH=oldest
+
+soak: $(VENV)/.installed ## kill training runs again and again, and compare what they end with (SOAK_ARGS; an hour)
+	@$(PY) tests/soak.py $(SOAK_ARGS)
 
 lint: $(VENV)/.installed ## check the style
 	@$(PY) -m ruff check

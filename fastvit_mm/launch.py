@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as BaseRunner
 
-from . import failures, processes, settings, weights
+from . import failures, processes, settings, weights, work_dir
+from .batches import death_of_worker
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
@@ -145,6 +147,38 @@ class Runner(BaseRunner):
     def _maybe_compile(self, target):
         compile_network(network(self.model), self.cfg.get('compile'))
 
+    def train(self):
+        try:
+            with work_dir.says_if_not_writable(self.work_dir):
+                return super().train()
+        except RuntimeError as error:
+            loops = [o for o in (self._train_loop, self._val_loop) if isinstance(o, BaseLoop)]
+            if death := death_of_worker(error, [loop.dataloader for loop in loops]):
+                raise death from error
+            raise
+        finally:
+            self.call_hook('restore')
+
+    def load_or_resume(self):
+        if self._resume and self._load_from is None:
+            self._load_from = work_dir.latest(self.work_dir)
+            if not self._load_from:
+                self.logger.info(f'no checkpoint in {self.work_dir} yet: starting a new run')
+            self._resume = self._load_from is not None
+        super().load_or_resume()
+
+    def resume(self, filename, *args, **kwargs):
+        try:
+            super().resume(str(filename), *args, **kwargs)
+        except FastViTError:
+            raise
+        except Exception as error:  # whatever is in the file
+            raise FastViTError(
+                f'{filename} cannot be resumed: its optimizer, schedule or state does not fit this '
+                f'config ({one_line(error)}): start from its weights with '
+                f'--cfg-options load_from={filename}'
+            ) from error
+
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.
         if self._train_dataloader is not None:
@@ -154,6 +188,8 @@ class Runner(BaseRunner):
         model = network(self.model)
         tests_only = self._train_dataloader is None
         checkpoint = weights.prepare(model, filename, whole=self._resume or tests_only)
+        if self._resume:
+            work_dir.check_resumable(checkpoint, filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model.load_state_dict(checkpoint['state_dict'], strict=False)
         self._has_loaded = True
@@ -200,6 +236,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     try:
         with one_fate():
             main(argv)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         sys.stdout.flush()
         if debug:

@@ -182,7 +182,6 @@ def _bins(low: Tensor, high: Tensor, scale: float, bins: int, limit: int):
 
 def roi_pool_backward(grad_output, rois, argmax, grad_input, **options):
     options = *_POOL_BINS(options), *grad_input.shape
-    grad_output = _known_to_torchvision(grad_output)
     rois = rois.to(grad_output)
     grad_input.copy_(_torchvision()._roi_pool_backward(grad_output, rois, argmax, *options))
 

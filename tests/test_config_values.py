@@ -53,8 +53,11 @@ def pretrained(arch):
 def of_all(best):
     return {
         'custom_imports': dict(imports=['fastvit_mm'], allow_failed_imports=False),
+        'default_hooks.checkpoint.type': 'WholeCheckpointHook',
         'default_hooks.checkpoint.max_keep_ckpts': 3,
         'default_hooks.checkpoint.save_best': best,
+        'default_hooks.signals': dict(type='StopOnSignalHook'),
+        'default_hooks.finite': dict(type='FiniteLossHook'),
         'randomness': dict(seed=42),
     }
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.multiprocessing as mp
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import MMDistributedDataParallel
 from randomize import randomize, relative
+from small_runs import At, Net, files, make_run
 from test_hook import Noise, Spy, make_runner, tiny_model
 
 import fastvit_mm
@@ -190,12 +193,67 @@ def normalization(rank, folder):
     return found
 
 
+def in_two(folder, **settings):
+    """Train, both ranks into one work dir; gives the runner, and the exit code if there is one."""
+    runner = make_run(folder, **settings)
+    runner.model = MMDistributedDataParallel(runner.model, broadcast_buffers=False)
+    try:
+        runner.train()
+    except SystemExit as end:
+        return runner, end.code
+    return runner, None
+
+
+def one_signal(rank, folder):
+    """SIGTERM reaches one rank in the middle of an epoch; the run is resumed."""
+
+    def send(runner):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    calm, _ = in_two(folder / 'calm')
+    stopped, code = in_two(folder / 'stopped', hooks=[At(5, send)])
+    written = files(folder / 'stopped')
+    resumed, _ = in_two(folder / 'stopped', resume=True)
+    ends = [
+        torch.load(folder / name / 'epoch_3.pth', weights_only=False)
+        for name in ('calm', 'stopped')
+    ]
+    drawn = [float(r.model.module.head.weight.double().sum()) for r in (calm, resumed)]
+    return dict(
+        stop=[code, stopped.iter, written],
+        # a rank's own running statistics are not in the checkpoint
+        weights=[
+            {k: v.tolist() for k, v in e['state_dict'].items() if 'running' not in k} for e in ends
+        ],
+        drawn=drawn,
+    )
+
+
+def one_infinite_loss(rank, folder):
+    """Its gradients are finite, so only one rank could know."""
+
+    class Infinite(Net):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            if kwargs.get('mode') == 'loss' and rank == 1:
+                out['loss_more'] = torch.tensor(float('inf'))
+            return out
+
+    try:
+        in_two(folder / 'infinite', model=Infinite())
+    except FastViTError as error:
+        return str(error)
+
+
 SCENARIOS = (
     whole_run,
     one_wrong_merge,
     one_unreadable_image,
     checkpoint_of_an_iteration,
     normalization,
+    one_signal,
+    one_infinite_loss,
 )
 
 
@@ -238,3 +296,18 @@ def test_normalization_over_ranks(results):
         for name, (difference, dtype) in found.items():
             assert name.endswith(dtype)
             assert difference < (1e-2 if 'bfloat16' in dtype else 1e-12), (name, difference)
+
+
+def test_one_signal_stops_all_after_the_same_iteration(results):
+    for run in (result['one_signal'] for result in results):
+        code, iteration, written = run['stop']
+        assert code == 143 and iteration == 4  # mmengine counts it up after the hooks
+        assert 'iter_5.pth' in written
+        assert run['weights'][0] == run['weights'][1]
+        assert run['drawn'][0] == run['drawn'][1] == results[0]['one_signal']['drawn'][0]
+
+
+def test_one_infinite_loss_stops_all(results):
+    first, second = (result['one_infinite_loss'] for result in results)
+    assert first.startswith('iteration 1: ') and second.startswith('iteration 1: ')
+    assert 'loss_more inf' in second

@@ -5,8 +5,10 @@ import json
 import logging
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,8 @@ def test_wrong_settings(tool):
 def test_checkpoints_that_cannot_be_used(tool, home, tmp_path, monkeypatch):
     refusal(tool('test', CLASSIFICATION, 'no.pth', '--demo'), 'no.pth', 'does not exist')
     refusal(tool('train', CLASSIFICATION, '--demo', '--resume', 'no.pth'), 'no.pth')
+    both = ('--resume', '--overwrite')
+    refusal(tool('train', CLASSIFICATION, '--demo', *both), *both)
     (cut := tmp_path / 'cut.pth').write_bytes(b'PK\x03\x04 cut off')
     refusal(tool('test', CLASSIFICATION, cut, '--demo'), 'cut.pth', 'truncated')
 
@@ -209,6 +213,7 @@ def test_train_resume_and_test(tool, tmp_path, task):
         return tmp_path / f'{unit}_{n}.pth'
 
     assert train(1).is_file()
+    refusal(tool('train', config, *common), f'{unit}_1.pth', '--resume', '--overwrite')
     checkpoint = train(2, '--resume')
     assert checkpoint.is_file()
     assert weights.read(checkpoint)['meta'][unit] == 2
@@ -257,6 +262,27 @@ def test_train_resume_and_test(tool, tmp_path, task):
 
 
 @pytest.mark.slow
+def test_a_signal_ends_a_training(home, tmp_path):
+    """As Slurm warns, while two data workers read: a checkpoint, and the signal's exit code."""
+    config, run = shallow(SEGMENTATION, tmp_path), tmp_path / 'run'
+    workers = ('train_dataloader.num_workers=2', 'default_hooks.logger.interval=1')
+    command = [sys.executable, ROOT / 'tools/train.py', config, '--demo', '--work-dir', run]
+    process = subprocess.Popen(
+        [*command, '--cfg-options', *workers], cwd=home, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not any('Iter(train)' in log.read_text() for log in run.rglob('*.log')):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    (checkpoint,) = run.glob('iter_*.pth')
+    assert f'{checkpoint} is written: repeat the command with --resume' in said
+    assert 'Traceback' not in said
+
+
+@pytest.mark.slow
 def test_published_layouts_need_no_conversion(tool, tmp_path):
     """test.py and load_from take timm's and the authors' files as they are."""
     config = shallow(CLASSIFICATION, tmp_path)
@@ -272,7 +298,7 @@ def test_published_layouts_need_no_conversion(tool, tmp_path):
         metrics.append(json.loads(out.read_text()))
         if layout != 'mm':
             few = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', f'load_from={file}']
-            code, err = tool('train', config, *common, '--cfg-options', *few)
+            code, err = tool('train', config, *common, '--overwrite', '--cfg-options', *few)
             assert code == 0, err
             log = max(tmp_path.rglob('*.log'), key=lambda p: p.stat().st_mtime).read_text()
             assert f'Load checkpoint from {file}' in log

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.parse_args(argv)
     work_dir = Path('work_dirs', 'demo', Path(CONFIG).stem)
     begin = time.time()
-    tool('train', '--work-dir', str(work_dir))
+    tool('train', '--work-dir', str(work_dir), '--overwrite')
     checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
     trained = time.time()
     metrics = {}

@@ -1,12 +1,12 @@
 """Train a config:
-python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--amp [fp16|bf16]] ...
+python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--overwrite] [--amp [fp16|bf16]] ...
 """
 
 from mmengine.config import Config
 
 import fastvit_mm  # noqa: F401
-from fastvit_mm import launch, train_options, weights
-from fastvit_mm.errors import require
+from fastvit_mm import launch, train_options, weights, work_dir
+from fastvit_mm.errors import FastViTError, require
 
 
 def log_to_tensorboard(cfg: Config) -> None:
@@ -26,6 +26,14 @@ def main(argv: list[str] | None = None) -> None:
         help='resume from FILE, or (auto) from the latest checkpoint in the work dir',
     )
     parser.add_argument(
+        '--overwrite', action='store_true', help="replace an earlier run's checkpoints"
+    )
+    parser.add_argument(
+        '--nonfinite',
+        choices=['stop', 'skip'],
+        help='what to do when a loss or gradient is NaN or infinite (stop)',
+    )
+    parser.add_argument(
         '--tensorboard', action='store_true', help='log to vis_data/ for `tensorboard --logdir`'
     )
     train_options.add_arguments(parser)
@@ -35,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         require('--tensorboard', 'tensorboard')
     cfg = launch.load_config(args, training=True)
     train_options.apply(cfg, args)
+    if args.resume and args.overwrite:
+        raise FastViTError('--resume continues the earlier run, --overwrite replaces it: give one')
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -42,9 +52,16 @@ def main(argv: list[str] | None = None) -> None:
         log_to_tensorboard(cfg)
     if cfg.get('load_from'):
         cfg.load_from = str(weights.find(cfg.load_from))
+    if args.nonfinite:
+        hook = dict(type='FiniteLossHook', action=args.nonfinite)
+        cfg.merge_from_dict({'default_hooks.finite': hook})
     launch.check_data(cfg, 'train', 'val')
 
-    launch.Runner.from_cfg(cfg).train()
+    with work_dir.claim(cfg.work_dir, cfg.get('resume'), args.overwrite):
+        runner = launch.Runner.from_cfg(cfg)
+        if args.overwrite:
+            work_dir.clear(cfg.work_dir, keep=cfg.get('load_from'))
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -2,7 +2,18 @@
 
 from .accumulate import AccumulateHook
 from .after_failure import AfterFailureHook
+from .finite_loss import FiniteLossHook
 from .reparameterize import ReparameterizeHook
+from .stop_on_signal import StopOnSignalHook
 from .sync_statistics import SyncStatisticsHook
+from .whole_checkpoint import WholeCheckpointHook
 
-__all__ = ['AccumulateHook', 'AfterFailureHook', 'ReparameterizeHook', 'SyncStatisticsHook']
+__all__ = [
+    'AccumulateHook',
+    'AfterFailureHook',
+    'FiniteLossHook',
+    'ReparameterizeHook',
+    'StopOnSignalHook',
+    'SyncStatisticsHook',
+    'WholeCheckpointHook',
+]

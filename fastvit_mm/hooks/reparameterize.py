@@ -1,10 +1,8 @@
 """OpenMMLab hook: test in the deploy form, leave training untouched."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
@@ -14,22 +12,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.randomness import random_states, set_random_states
 from fastvit_mm.reparameterize import compare, network, reparameterize, unwrap
-
-
-def random_states():
-    """States of all random generators that training uses."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_states(states) -> None:
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import io
-import os
 import pickle
 import re
 from http.client import HTTPException
@@ -19,9 +18,11 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
 from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.finite import all_finite
 from fastvit_mm.models import ARCHS
+from fastvit_mm.writing import whole
 
-from .states import State
+from .states import State, first
 from .unfolding import refuse_unfolding
 
 PUBLISHED = (
@@ -198,7 +199,11 @@ def read_safetensors(file: Path | io.BytesIO, place: Path | str) -> State:
 
 
 def state_dict_of(checkpoint: dict, source) -> State:
-    """The tensors of a checkpoint, without the wrappers that training scripts add."""
+    """The tensors of a checkpoint, without the wrappers that training scripts add.
+
+    Raises:
+        FastViTError: there are none, or some of their numbers are not finite.
+    """
     for key in ('state_dict', 'model', 'state_dict_ema'):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
@@ -212,6 +217,12 @@ def state_dict_of(checkpoint: dict, source) -> State:
     prefix = 'module.'
     if all(k.startswith(prefix) for k in checkpoint):
         checkpoint = {k[len(prefix) :]: v for k, v in checkpoint.items()}
+    if not all_finite(checkpoint.values()):
+        wrong = [k for k, v in checkpoint.items() if not all_finite([v])]
+        raise FastViTError(
+            f'{source} has weights that are NaN or infinite ({first(wrong)}): its training '
+            'diverged; take an earlier checkpoint'
+        )
     return checkpoint
 
 
@@ -236,19 +247,15 @@ def save(checkpoint: dict, path: str | Path) -> None:
         FastViTError: it cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == '.safetensors':
-            write_safetensors(state_dict_of(checkpoint, path), part)
-        else:
-            torch.save(checkpoint, part)
-        part.replace(path)
+        with whole(path) as part:
+            if path.suffix == '.safetensors':
+                write_safetensors(state_dict_of(checkpoint, path), part)
+            else:
+                torch.save(checkpoint, part)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
         raise FastViTError(f'cannot write {path}: {one_line(error)}') from error
-    finally:
-        if part.exists():
-            part.unlink()
 
 
 def write_safetensors(state: State, path: Path) -> None:

@@ -8,7 +8,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4000, save_best='mIoU'),
+    checkpoint=dict(by_epoch=False, interval=4000, save_best='mIoU'),
     visualization=dict(type='SegVisualizationHook'),
 )
 log_processor = dict(by_epoch=False)

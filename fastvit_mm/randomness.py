@@ -1,0 +1,37 @@
+"""The states of the random generators that training uses."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def random_states(gpus: bool = True) -> dict:
+    """States of Python's, numpy's and PyTorch's generators, as plain data and tensors.
+
+    Args:
+        gpus: include those of the GPUs, if they are in use.
+    """
+    name, keys, *rest = np.random.get_state()
+    return dict(
+        python=random.getstate(),
+        numpy=(name, keys.tolist(), *rest),
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if gpus and torch.cuda.is_initialized() else None,
+    )
+
+
+def set_random_states(states: dict) -> None:
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
+    torch.set_rng_state(states['torch'])
+    if states['cuda'] is not None:
+        torch.cuda.set_rng_state_all(states['cuda'])
+
+
+def seed_generators(*numbers: int) -> None:
+    """Seed the generators of Python, numpy and PyTorch on the CPU from several numbers."""
+    seeds = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(seeds[2])

@@ -1,0 +1,176 @@
+"""A run's folder: one run at a time writes to it, and what is in it can be resumed."""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.dist import master_only
+from mmengine.logging import print_log
+
+from .errors import FastViTError, one_line
+
+RESUMABLE = re.compile(r'(epoch|iter)_\d+\.pth')
+WRITTEN = re.compile(rf'{RESUMABLE.pattern}|best_.+\.pth|last_checkpoint')
+LOCK = '.lock'
+# the disk is full (or a quota or limit is reached), read-only, or gone
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
+
+
+def first_of_job() -> bool:
+    """Whether this process is the first of its job, before there is a process group."""
+    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+
+
+@contextmanager
+def claim(folder: str | Path, resume: bool, overwrite: bool = False) -> Iterator[None]:
+    """Keep other processes from training in ``folder`` while the block runs.
+
+    The operating system forgets the lock of a process that ends, however it ends; unlike
+    ``flock``, its data workers, which may live on for a moment, do not hold it.
+
+    Args:
+        resume: the run continues the one whose checkpoints are there.
+        overwrite: the run may replace them (:func:`clear`).
+
+    Raises:
+        FastViTError: another process trains there, there are checkpoints of an earlier run and
+            neither ``resume`` nor ``overwrite`` is set, or the folder cannot be written.
+    """
+    if not first_of_job():
+        yield
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open('a+')
+    except OSError as error:
+        raise FastViTError(
+            f'cannot write to the work dir {folder}: {error.strerror}: choose another '
+            'with --work-dir'
+        ) from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            owner = lock.read().strip() or 'another process'
+            raise FastViTError(
+                f'the work dir {folder} is in use by {owner}: wait, or choose another '
+                'with --work-dir'
+            ) from error
+        except OSError:
+            print_log(f'{folder}: its file system has no locks, so two runs could mix', 'current')
+        earlier = sorted(p.name for p in folder.iterdir() if WRITTEN.fullmatch(p.name))
+        if earlier and not (resume or overwrite):
+            raise FastViTError(
+                f'the work dir {folder} contains checkpoints of an earlier run ({earlier[0]}): add '
+                '--resume to continue it, --overwrite to replace it, or choose another '
+                'with --work-dir'
+            )
+        lock.truncate(0)
+        print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
+        yield
+
+
+@master_only
+def clear(folder: str | Path, keep: str | Path | None = None) -> None:
+    """Remove the checkpoints of an earlier run, except for ``keep``."""
+    for path in Path(folder).iterdir():
+        if WRITTEN.fullmatch(path.name) and not (keep and path.samefile(keep)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is complete: the checkpoints are zip archives with check sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The checkpoint to resume from: the one that ``last_checkpoint`` names or, if that is missing
+    or not whole, the newest one that is. None if there are none.
+
+    Raises:
+        FastViTError: there are some, but none is whole.
+    """
+    folder = Path(folder)
+    hint = folder / 'last_checkpoint'
+    named = Path(hint.read_text(errors='replace').strip()) if hint.is_file() else None
+    first = []
+    if named and RESUMABLE.fullmatch(named.name):
+        # The work dir may have been moved, or its checkpoints may have a folder of their own.
+        first = [folder / named.name, *([named] if named.is_absolute() else [])]
+    for path in first:
+        if is_whole(path):
+            return path
+    folders = dict.fromkeys([folder, *(path.parent for path in first)])
+    found = [p for f in folders if f.is_dir() for p in f.iterdir() if RESUMABLE.fullmatch(p.name)]
+    for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        if is_whole(path):
+            what = f'{named.name}, which is missing or not whole' if first else 'no checkpoint'
+            print_log(
+                f'{hint} names {what}: resuming from {path}, the newest whole one',
+                'current',
+                logging.WARNING,
+            )
+            return path
+    if found:
+        raise FastViTError(
+            f'no checkpoint in {folder} is whole ({found[0].name} is cut off or damaged): '
+            'start again with --overwrite'
+        )
+    return None
+
+
+def check_resumable(checkpoint: dict, source) -> None:
+    """
+    Raises:
+        FastViTError: ``source`` has weights, but not the state of a training.
+    """
+    counts = {key: checkpoint['meta'].get(key) for key in ('epoch', 'iter')}
+    missing = [f'{key} in meta' for key, count in counts.items() if not isinstance(count, int)]
+    parts = ('optimizer', 'message_hub')
+    missing += [part for part in parts if not isinstance(checkpoint.get(part), dict)]
+    if missing:
+        raise FastViTError(
+            f'{source} cannot be resumed, it has no {", ".join(missing)}: give a checkpoint that '
+            'training wrote (epoch_*.pth, iter_*.pth), or start from its weights with '
+            f'--cfg-options load_from={source}'
+        )
+
+
+@contextmanager
+def says_if_not_writable(folder: str | Path) -> Iterator[None]:
+    """Turn the failure to write into the work dir into one line.
+
+    Raises:
+        FastViTError: the disk is full or read-only, or the folder has vanished.
+    """
+    # Otherwise each line that cannot be logged prints a traceback.
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    except OSError as error:
+        folder = Path(folder)
+        inside = error.filename is not None and folder in Path(str(error.filename)).parents
+        if not folder.is_dir():
+            raise FastViTError(f'the work dir {folder} has vanished: nothing was saved') from error
+        if error.errno in CANNOT_WRITE or inside:
+            raise FastViTError(
+                f'cannot write to the work dir {folder}: {one_line(error)}: '
+                'make room or choose another disk, then continue with --resume'
+            ) from error
+        raise
+    finally:
+        logging.raiseExceptions = before

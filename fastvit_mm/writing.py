@@ -1,0 +1,50 @@
+"""Files that are written completely or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mmengine.fileio import LocalBackend, register_backend
+
+PART = '.*.part'  # what a killed process leaves behind
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``: what the block writes there becomes ``path`` when it is
+    complete and on the disk. If the block fails, or the process is killed, ``path`` stays as it
+    was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        yield part
+        flush(part)
+        part.replace(path)
+        with suppress(OSError):  # not every file system flushes folders
+            flush(path.parent)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Make the disk hold what was written to a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@register_backend('whole')
+class WholeBackend(LocalBackend):
+    """mmengine's backend for local files, which writes them by :func:`whole`."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        with whole(filepath) as part:
+            part.write_bytes(obj)
