@@ -7,6 +7,17 @@ from types import ModuleType
 class FastViTError(ValueError):
     """One line that says what is wrong and what to do; the tools print it and exit with code 2."""
 
+    def __str__(self) -> str:
+        # A DataLoader puts what happened in a worker into the traceback's text.
+        return super().__str__().rpartition(f'{type(self).__name__}: ')[2].strip()
+
+
+def root_cause(error: FastViTError) -> FastViTError:
+    """A registry that was building an object raises the error again with its own prefix."""
+    while isinstance(error.__context__, FastViTError):
+        error = error.__context__
+    return error
+
 
 def one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__

@@ -1,18 +1,19 @@
-"""Code shared by the tools: reading a config, checking its data, and running with clear errors."""
+"""Code shared by the tools: reading a config, and running with clear errors."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.runner import Runner as BaseRunner
 
-from . import weights
+from . import data, weights
+from .data import check_data
 from .demo import apply_demo
-from .errors import FastViTError, one_line
+from .errors import FastViTError, one_line, root_cause
 from .export import attach, is_exported
 from .reparameterize import network, unwrap
 
@@ -60,6 +61,8 @@ def load_config(args: argparse.Namespace) -> Config:
         raise FastViTError(f'config {path} cannot be read: {one_line(error)}') from error
     if cfg.get('default_scope') == 'mmpretrain':
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
+    elif cfg.get('default_scope') == 'mmdet':
+        from .data import coco  # noqa: F401
     if args.demo:
         apply_demo(cfg)
     if args.cfg_options:
@@ -70,47 +73,12 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def datasets_in(node) -> Iterator[ConfigDict]:
-    """Every data set in a dataloader's config, including those in wrappers (RepeatDataset)."""
-    if isinstance(node, list | tuple):
-        for child in node:
-            yield from datasets_in(child)
-    elif isinstance(node, dict):
-        if 'data_root' in node:
-            yield node
-        for key in ('dataset', 'datasets'):
-            yield from datasets_in(node.get(key))
-
-
-def expected_paths(dataset: dict) -> list[str]:
-    """Files and folders under its root that a data set's config names."""
-    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
-    parts = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-    return [p for p in [*parts, dataset.get('ann_file')] if p]
-
-
-def check_data(cfg: Config, *stages: str) -> None:
-    """Fail early, with a helpful message, if a data set is missing.
-
-    Args:
-        stages: any of train, val, test.
-    """
-    found = [d for s in stages for d in datasets_in(cfg.get(f'{s}_dataloader'))]
-    for dataset in found:
-        root = Path(dataset['data_root'])
-        paths = [root, *(root / p for p in expected_paths(dataset))]
-        if missing := [p for p in paths if not p.exists()]:
-            same_root = [d for d in found if d['data_root'] == dataset['data_root']]
-            layout = dict.fromkeys(p for d in same_root for p in expected_paths(d))
-            raise FastViTError(
-                f'data set not found: {missing[0]} is missing; {dataset["type"]} expects '
-                f'{", ".join(layout)} under {root.resolve()}; see docs/data.md, '
-                'or add --demo to run on generated data'
-            )
-
-
 class Runner(BaseRunner):
-    """mmengine's runner, with checkpoints read safely and loaded strictly."""
+    """mmengine's runner, with data checked, and checkpoints read safely and loaded strictly."""
+
+    @staticmethod
+    def build_dataloader(dataloader, *args, **kwargs):
+        return data.build_checked(dataloader, *args, **kwargs)
 
     def dump_config(self):
         # A test's reduced config must not replace the one that training saved in the work dir.
@@ -161,11 +129,8 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     try:
         main(None)
     except FastViTError as error:
-        # A registry that was building an object raises the error again with its own prefix.
-        while isinstance(error.__context__, FastViTError):
-            error = error.__context__
         sys.stdout.flush()
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'error: {" ".join(str(root_cause(error)).split())}', file=sys.stderr)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         sys.exit(2)
