@@ -159,7 +159,6 @@ def colours(path):
 
 
 def outside(path):
-    Image.fromarray(np.where(ids(path) == 2, 200, ids(path)).astype(np.uint8)).save(path)
     Image.fromarray(np.full_like(ids(path), 9)).save(path)
 
 
@@ -184,6 +183,16 @@ def test_bad_mask(data, stage, case):
     damage, words = MASKS[case]
     damage(path)
     agree(one, stage, path, words)
+
+
+def test_a_bad_mask_in_test_time_augmentation(data):
+    one = data('segmentation')
+    load, resize, masks, pack = one.cfg.test_dataloader.dataset.pipeline
+    several = dict(type='TestTimeAug', transforms=[[resize], [masks], [pack]])
+    one.cfg.test_dataloader.dataset.pipeline = [load, several]
+    assert one.read('test') is None
+    outside(path := one.mask(one.images(1)[2]))
+    agree(one, 'test', path, 'has the class id 9')
 
 
 def labels(data, index):

@@ -228,5 +228,7 @@ def with_step(steps: list[Callable], fit: Fit) -> list[Callable]:
     """``fit`` after each step that loads an image or annotations."""
     new = []
     for step in steps:
+        for inner in getattr(step, 'subroutines', ()):  # TestTimeAug's
+            inner.transforms = with_step(inner.transforms, fit)
         new += [step, fit] if isinstance(step, LoadImageFromFile | LoadAnnotations) else [step]
     return new
