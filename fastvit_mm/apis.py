@@ -12,6 +12,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 
 from . import settings, weights
+from .data import explain
 from .errors import FastViTError
 from .export import attach, is_exported
 from .reparameterize import reparameterize
@@ -106,6 +107,9 @@ def inference(model: nn.Module, images: Images):
         What the model's package returns for an image (mmpretrain: a dict with ``pred_label``,
         ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; for a hand mesh
         model a HandSample), or a list.
+
+    Raises:
+        FastViTError: an image cannot be read; names the file.
     """
     many = isinstance(images, list | tuple)
     items = [str(i) if isinstance(i, Path) else i for i in (images if many else [images])]
@@ -114,8 +118,18 @@ def inference(model: nn.Module, images: Images):
             raise FastViTError(f'image {item} does not exist')
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():
         predict = predictor(model)
-        results = [predict(item) for item in items]
+        results = [predict_one(predict, item) for item in items]
     return results if many else results[0]
+
+
+def predict_one(predict: Callable, item: str | np.ndarray):
+    try:
+        return predict(item)
+    except Exception as error:
+        known = explain(error, dict(img_path=item)) if isinstance(item, str) else None
+        if known is None or known is error:
+            raise
+        raise known from error
 
 
 def predictor(model: nn.Module) -> Callable:

@@ -34,13 +34,19 @@ def explain(error: BaseException, debug: bool = False) -> tuple[str, int]:
 
 def meant_for_users(error: BaseException) -> str | None:
     """The text of the FastViTError that ``error`` is or passes on; None if there is none."""
+    found = root_cause(error)
+    return None if found is None else without_traceback(found)
+
+
+def root_cause(error: BaseException) -> FastViTError | None:
+    """The first FastViTError of those that ``error`` passes on."""
     found = None
     for one in chain(error):
         if isinstance(one, FastViTError):
             found = one
             if one.__cause__ is not None:  # whoever raised it knew what was behind it
                 break
-    return None if found is None else without_traceback(found)
+    return found
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,20 +1,21 @@
-"""Code shared by the tools: reading a config, checking its data, and running with clear errors."""
+"""Code shared by the tools: reading a config, and running with clear errors."""
 
 import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as BaseRunner
 
-from . import failures, processes, settings, weights, work_dir
+from . import data, failures, processes, settings, weights, work_dir
 from .batches import death_of_worker
+from .data import check_data
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
@@ -75,6 +76,8 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
         raise FastViTError(f'config {path} cannot be read: {one_line(error)}') from error
     if cfg.get('default_scope') == 'mmpretrain':
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
+    elif cfg.get('default_scope') == 'mmdet':
+        from .data import coco  # noqa: F401
     reads = settings.TRAIN if training else settings.PREDICT
     settings.check(cfg, reads=settings.TRAIN if args.demo else reads)
     if args.demo:
@@ -89,48 +92,13 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
     return cfg
 
 
-def datasets_in(node) -> Iterator[ConfigDict]:
-    """Every data set in a dataloader's config, including those in wrappers (RepeatDataset)."""
-    if isinstance(node, list | tuple):
-        for child in node:
-            yield from datasets_in(child)
-    elif isinstance(node, dict):
-        if 'data_root' in node:
-            yield node
-        for key in ('dataset', 'datasets'):
-            yield from datasets_in(node.get(key))
-
-
-def expected_paths(dataset: dict) -> list[str]:
-    """Files and folders under its root that a data set's config names."""
-    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
-    parts = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-    return [p for p in [*parts, dataset.get('ann_file')] if p]
-
-
-def check_data(cfg: Config, *stages: str) -> None:
-    """Fail early, with a helpful message, if a data set is missing.
-
-    Args:
-        stages: any of train, val, test.
-    """
-    found = [d for s in stages for d in datasets_in(cfg.get(f'{s}_dataloader'))]
-    for dataset in found:
-        root = Path(dataset['data_root'])
-        paths = [root, *(root / p for p in expected_paths(dataset))]
-        if missing := [p for p in paths if not p.exists()]:
-            same_root = [d for d in found if d['data_root'] == dataset['data_root']]
-            layout = dict.fromkeys(p for d in same_root for p in expected_paths(d))
-            raise FastViTError(
-                f'data set not found: {missing[0]} is missing; {dataset["type"]} expects '
-                f'{", ".join(layout)} under {root.resolve()}; see docs/data.md, '
-                'or add --demo to run on generated data'
-            )
-
-
 class Runner(BaseRunner):
-    """mmengine's runner, with checkpoints read safely and loaded strictly; several processes run
-    on CPUs, too; a test that fails leaves nothing behind."""
+    """mmengine's runner, with data checked, checkpoints read safely and loaded strictly, several
+    processes on CPUs, too, and tests that leave nothing behind when they fail."""
+
+    @staticmethod
+    def build_dataloader(dataloader, *args, **kwargs):
+        return data.build_checked(dataloader, *args, **kwargs)
 
     def register_hooks(self, default_hooks=None, custom_hooks=None):
         super().register_hooks(default_hooks, [*(custom_hooks or []), AfterFailureHook()])

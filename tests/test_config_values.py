@@ -137,6 +137,7 @@ ADAMW = dict(type='AdamW', lr=2e-4, weight_decay=1e-4)
 def detection(arch, kind):
     widths, rate, *_ = VARIANTS[arch]
     return of_all('coco/bbox_mAP') | {
+        'custom_imports.imports': ['fastvit_mm.data.coco'],
         'model.backbone': backbone(arch, rate, feature_norm=True, init_cfg=pretrained(arch)),
         'model.neck.in_channels': widths,
         'optim_wrapper.optimizer': ADAMW,

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 import fastvit_mm
-from fastvit_mm import launch
+from fastvit_mm import data, launch
 from fastvit_mm.demo.scenes import make_scenes
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.export import FORMATS, export, verify
@@ -136,8 +136,8 @@ def images(cfg: Config, size: tuple[int, int], dynamic: bool) -> list[np.ndarray
 
 def real_files(cfg: Config) -> Iterator[Path]:
     """Files of the config's test set, in a fixed order."""
-    for dataset in launch.datasets_in(cfg.get('test_dataloader')):
-        for part in launch.expected_paths(dataset):
+    for dataset in data.datasets_in(cfg.get('test_dataloader')):
+        for part in data.expected_paths(dataset):
             for folder, folders, files in os.walk(Path(dataset['data_root'], part)):
                 folders.sort()
                 yield from (

@@ -40,6 +40,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import fastvit_mm
 from fastvit_mm import launch, pictures
+from fastvit_mm.data import decode
 from fastvit_mm.errors import FastViTError
 
 JPEG_SIDE = 65500  # pixels: libjpeg's limit
@@ -64,14 +65,6 @@ def is_image(path: Path) -> bool:
     """Whether its content or its name is an image's, so that a damaged image is reported."""
     named = path.suffix.lower() in IMG_EXTENSIONS
     return path.is_file() and (named or cv2.haveImageReader(str(path)))
-
-
-def decode(content: bytes) -> np.ndarray | None:
-    """BGR uint8, upright; None if it is not an image or not a complete one."""
-    try:
-        return mmcv.imfrombytes(content)
-    except cv2.error:  # empty, or larger than OpenCV allows
-        return None
 
 
 class Stills:

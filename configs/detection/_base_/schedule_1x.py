@@ -1,5 +1,6 @@
 # 12 epochs, AdamW, steps at 8 and 11.
 _base_ = '../../_base_/runtime.py'
+custom_imports = dict(imports=['fastvit_mm.data.coco'])
 
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-4, weight_decay=1e-4))
 param_scheduler = [

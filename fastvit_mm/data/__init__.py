@@ -1,0 +1,20 @@
+"""Reading data sets, and telling what is wrong with them."""
+
+from .listing import build_checked
+from .paths import check_data, datasets_in, expected_paths
+from .problems import NOTE, SPOILS, STOPS, Problem
+from .reading import decode, explain, guard
+
+__all__ = [
+    'NOTE',
+    'SPOILS',
+    'STOPS',
+    'Problem',
+    'build_checked',
+    'check_data',
+    'datasets_in',
+    'decode',
+    'expected_paths',
+    'explain',
+    'guard',
+]
