@@ -14,6 +14,7 @@ from mmengine.registry import MODELS
 from PIL import Image
 from randomize import randomize, relative
 from test_hand_mesh_data import run
+from test_hand_mesh_hand_model import Hostile, mano_content, write
 from test_tools import load_tool, refusal
 
 import fastvit_mm
@@ -307,6 +308,10 @@ def test_inference_and_its_picture(name, tmp_path):
     assert same.shape == photo.shape and (same != photo).any()
     with pytest.raises(FastViTError, match='does not exist'):
         fastvit_mm.inference(model, tmp_path / 'no.png')
+    for content in (b'', b'no image', (tmp_path / 'photo.png').read_bytes()[:20]):
+        (tmp_path / 'broken.png').write_bytes(content)
+        with pytest.raises(FastViTError, match=r'broken\.png cannot be read'):
+            fastvit_mm.inference(model, tmp_path / 'broken.png')
     deployed = fastvit_mm.init_model(cfg, tmp_path / 'hand.pth', reparam=True)
     found = fastvit_mm.inference(deployed, photo)
     assert relative(found.pred_verts, samples[0].pred_verts) < 1e-3
@@ -353,12 +358,61 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     assert again['PA-MPJPE'] == pytest.approx(results[0]['PA-MPJPE'], rel=1e-3)
 
 
-def test_a_missing_hand_model_is_one_line_of_the_tools(tmp_path, monkeypatch, capfd):
+def no_hand_model(data):
+    return 'no.pkl', 'does not exist'
+
+
+def hostile_hand_model(data):
+    write(Path('bad.pkl'), mano_content(extra=Hostile(Path.touch, Path('mark'))))
+    return 'bad.pkl', 'no hand model does'
+
+
+def body_model(data):
+    write(Path('smpl.pkl'), mano_content(v_template=np.zeros((6890, 3))))
+    return 'smpl.pkl', 'v_template is (6890, 3)'
+
+
+def too_few_labels(data):
+    for path in data.glob('training_*.json'):
+        path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    return 'synthetic', '32 images, the lists 28'
+
+
+def unequal_lists(data):
+    path = data / 'training_verts.json'
+    path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    return 'synthetic', "'verts': 7"
+
+
+def no_last_version(data):
+    for number in range(24, 32):
+        (data / f'training/rgb/{number:08d}.jpg').unlink()
+    return 'synthetic', 'lacks 8 of 8 images of version auto'
+
+
+def behind_the_camera(data):
+    path = data / 'training_xyz.json'
+    values = np.array(json.loads(path.read_text()))
+    values[3, 5, 2] = -0.1
+    path.write_text(json.dumps(values.tolist()))
+    return 'synthetic', 'sample 3 has points behind the camera'
+
+
+BAD = [no_hand_model, hostile_hand_model, body_model]
+BAD += [too_few_labels, unequal_lists, no_last_version, behind_the_camera]
+
+
+@pytest.mark.parametrize('damage', BAD)
+def test_bad_input_is_one_line_of_the_tools(damage, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(demo_data.SPEC, 'hands', (8, 2))
+    data = Path('data/demo/freihand')
+    demo_data.make_freihand(data)
+    hand_model, words = damage(data)
     for name in HEADS:
-        path = str(ROOT / f'configs/hand_mesh/{name}_fastvit_t8_freihand.py')
-        args = [path, '--demo', '--cfg-options', 'model.head.hand_model=no.pkl']
+        config_of(name).dump('small.py')
+        args = ['small.py', '--demo', '--cfg-options', f'model.head.hand_model={hand_model}']
         with pytest.raises(SystemExit) as end:
             launch.run(lambda _, args=args: load_tool('train').main(args))
-        refusal((end.value.code, capfd.readouterr().err.strip().splitlines()[-1]), 'no.pkl')
+        refusal((end.value.code, capfd.readouterr().err.strip()), words)
+    assert not Path('mark').exists()
