@@ -73,6 +73,7 @@ def run(tool, monkeypatch, capfd):
         ['growth', '--archs', 'sa12', '--sizes', '32', '64'],
         ['loading', '--images', '2', '--batch', '2', '--workers', '0'],
         ['whole', '--size', '64', '64'],
+        ['hand', '--archs', 't8', '--heads', 'vertices', '--size', '64'],
     ],
     ids=lambda args: ' '.join(args[:1] + [a for a in args if a in ('--half', '--checkpointing')]),
 )

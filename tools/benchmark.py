@@ -1,6 +1,7 @@
 """Measure fastvit_mm against timm and other networks; docs/benchmarks.md has the results.
 
-python tools/benchmark.py deploy|whole|train|export|compare|growth|loading [--json F] [--plot F] ...
+python tools/benchmark.py deploy|whole|hand|train|export|compare|growth|loading
+    [--json F] [--plot F] [--doc F#S] ...
 """
 
 import argparse
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from benchmarks.report import Report, check_targets, find_section
 
-COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading')
+COMMANDS = ('deploy', 'whole', 'hand', 'train', 'export', 'compare', 'growth', 'loading')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
