@@ -75,13 +75,13 @@ def test_lists_that_do_not_fit(folder):
     path = folder / 'training_xyz.json'
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values[:-1]))
-    refused(folder, r"lists training_\*\.json in .* differ: \{'K': 6, 'xyz': 5")
+    refused(folder, r"lists training_\*\.json in .* differ in length: \{'K': 6, 'xyz': 5")
     values[4][7][2] *= -1
     path.write_text(json.dumps(values))
     refused(folder, r'training_xyz\.json: sample 4 has points behind the camera')
     for text in ('[[1, 2]]', '[[NaN', '{"a": 1}', '', '\0\0'):
         path.write_text(text)
-        refused(folder, r'training_xyz\.json (cannot be read|is no list of 21 x 3)')
+        refused(folder, r'training_xyz\.json (cannot be read|does not hold 21 x 3)')
     path.unlink()
     refused(folder, r'training_xyz\.json is missing')
 
