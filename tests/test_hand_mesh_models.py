@@ -22,6 +22,7 @@ from fastvit_mm import FastViTError, launch, pictures, reparameterize
 from fastvit_mm.export import Session, attach, export, verify
 from fastvit_mm.hand_mesh import HandSample, demo_data, read_hand_model
 from fastvit_mm.hand_mesh.hand_model import matrices_of_axis_angle
+from fastvit_mm.hand_mesh.heads import sample_at
 
 ROOT = Path(__file__).parent.parent
 HAND = read_hand_model('synthetic')
@@ -168,6 +169,39 @@ def test_predictions_are_in_pixels(hands):
     targets = model.head.targets(data['data_samples'])
     back = (targets.points + 1) * DRAWN / 2 - 0.5
     torch.testing.assert_close(back, torch.stack([s.uv for s in data['data_samples']]))
+
+
+def test_images_need_not_be_square(hands):
+    head = build('vertices').head
+    sample = HandSample(metainfo=dict(img_shape=(48, 64)))
+    for name in ('verts', 'xyz'):
+        sample.set_data({name: hands['data_samples'][0].get(name)})
+    sample.uv = torch.tensor([63.5, 47.5]).expand(21, 2)  # the lower right corner
+    assert torch.equal(head.targets([sample]).points, torch.ones(1, 21, 2))
+    head.forward = lambda feats: head.targets([sample])
+    found = head.predict(None, [sample])[0]
+    assert torch.equal(found.pred_uv, sample.uv)
+
+
+def test_the_paper_head_starts_from_the_mean_pose():
+    torch.manual_seed(0)
+    head = MODELS.build(config_of('mano').model).head
+    camera, rotations, shape = head.parameters_of((torch.zeros(1, 64),))
+    mean = torch.tensor(HAND.hands_mean).float().view(15, 3)
+    assert not camera.any() and not shape.any()
+    torch.testing.assert_close(rotations[0, 0], torch.eye(3))
+    torch.testing.assert_close(rotations[0, 1:], matrices_of_axis_angle(mean))
+
+
+def test_features_are_sampled_where_the_points_are():
+    """[-1, 1] ends at the edges of the outer pixels, as in the targets; the border goes on."""
+    features = torch.randn(1, 2, 4, 8)
+    rows, columns = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 5, 7, 2])
+    points = torch.stack([(columns + 0.5) / 4 - 1, (rows + 0.5) / 2 - 1], -1)
+    sampled = sample_at(features, points[None, :, None])
+    torch.testing.assert_close(sampled[0].T, features[0][:, rows, columns])
+    outside = sample_at(features, torch.tensor([[[[3.0, -3.0]]]]))
+    torch.testing.assert_close(outside[0, 0], features[0][:, 0, 7])
 
 
 # ------------------------------------------------------------------------------- with no hand model
