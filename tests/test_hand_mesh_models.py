@@ -384,6 +384,12 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     assert [np.shape(one['verts']) for one in found] == [(778, 3)] * 3
     with Image.open('out/00000000.gif') as gif:
         assert gif.n_frames > 20
+    Path('broken.png').write_bytes(b'no image')
+    with pytest.raises(SystemExit, match='1'):
+        load_tool('infer').main([path, checkpoint, 'broken.png', '--demo', '--out', 'none'])
+    assert 'broken.png: cannot be read, skipped' in capfd.readouterr().err
+    with pytest.raises(FastViTError, match=r'no\.png does not exist'):
+        load_tool('infer').main([path, checkpoint, 'no.png', '--demo', '--out', 'none'])
     given = ['--with-hand-model'] if name == 'mano' else []
     load_tool('export').main([path, checkpoint, '--demo', '--out', 'h.onnx', *given])
     assert 'vertices, joints, points' in capfd.readouterr().out
