@@ -14,7 +14,7 @@ from .hand_model import MIDDLE, HandLayer, matrices_of_axis_angle
 from .synthetic_hand import BENDS, FIRST_JOINT, flexion_axis, synthetic_hand
 
 VERSION = 1  # raise it when the pictures change
-SPEC = dict(hands=(800, 120), size=64)  # to train on, each in four pictures; to evaluate on
+SPEC = dict(hands=(2400, 120), size=64)  # to train on, each in four pictures; to evaluate on
 FOCAL = 2.1  # in image sizes
 
 
