@@ -74,6 +74,7 @@ def run(tool, monkeypatch, capfd):
         ['loading', '--images', '2', '--batch', '2', '--workers', '0'],
         ['processes', '--archs', 't8', '--sizes', '32', '--batch', '2'],
         ['whole', '--size', '64', '64'],
+        ['hand', '--archs', 't8', '--heads', 'vertices', '--size', '64'],
     ],
     ids=lambda args: ' '.join(args[:1] + [a for a in args if a in ('--half', '--checkpointing')]),
 )

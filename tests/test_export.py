@@ -27,7 +27,8 @@ from test_tools import (
 import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.demo import apply_demo
-from fastvit_mm.export import FORMATS, Session, attach, export, verify
+from fastvit_mm.export import FORMATS, Session, attach, export, formats, verify
+from fastvit_mm.export.graphs import paste
 from fastvit_mm.export.verify import Limits, compare_detections
 from fastvit_mm.reparameterize import absorb_output_norms, reparameterize
 
@@ -236,6 +237,56 @@ def test_the_metric_of_the_file(models, task, format, tool, tmp_path):  # noqa: 
     refusal(tool('test', config, path, '--reparam'), 'leave out --reparam')
 
 
+class Planted(torch.nn.Module):
+    """A model's graph with one output changed a little."""
+
+    def __init__(self, graph, name):
+        super().__init__()
+        self.inner, self.names, self.preprocess = graph, graph.names, graph.preprocess
+        self.which = graph.names.index(name)
+
+    def forward(self, image):
+        outputs = list(self.inner(image))
+        outputs[self.which] = outputs[self.which] * 1.01
+        return tuple(outputs)
+
+
+@pytest.mark.parametrize('name', ['vertices', 'joints', 'points'])
+def test_every_output_is_compared(name, tmp_path, monkeypatch):
+    """Three outputs, one of them 1 % too large, whichever it is."""
+    from test_hand_mesh_models import build
+
+    model, path = build('vertices'), tmp_path / 'model.pt2'
+    image = noise(64, 64)
+    export(model, path, 'torch', size=(64, 64))
+    verdict = verify(model, path, [image])
+    assert verdict.explained and verdict.text.count('rounding') == 3, verdict.text
+    trace = formats.trace
+    monkeypatch.setattr(
+        formats, 'trace', lambda g, *args, **kw: trace(Planted(g, name), *args, **kw)
+    )
+    export(model, path, 'torch', size=(64, 64))
+    verdict = verify(model, path, [image])
+    assert not verdict.explained and f'{name}: largest relative difference 1.0e-02' in verdict.text
+
+
+@pytest.mark.parametrize('name', ['boxes', 'scores', 'labels', 'masks', 'mask_crops'])
+def test_every_output_of_a_detector_is_compared(name):
+    """Two detections, one output of which is in the other's place."""
+    halves = torch.zeros(2, 28, 28)
+    halves[0, :14] = halves[1, :, :14] = 0.9
+    boxes = torch.tensor([[2.0, 2, 12, 16], [20, 4, 30, 24]])
+    pasted = paste(halves, boxes, (32, 32))
+    found = dict(boxes=boxes, scores=torch.tensor([0.9, 0.8]), labels=torch.tensor([1, 2]))
+    wanted = dict(found, masks=(pasted * 255).to(torch.uint8))
+    got = dict(found, masks=pasted >= 0.5, mask_crops=halves)
+    cfg = ConfigDict(score_thr=0.05, max_per_img=100, mask_thr_binary=0.5)
+    verdict = compare_detections([(wanted, got)], cfg, Limits())
+    assert verdict.explained, verdict.text
+    got[name] = got[name].flip(0)
+    assert not compare_detections([(wanted, got)], cfg, Limits()).explained
+
+
 def square(chance, *, size=20, row=None):
     """One detection whose mask has a chance of ``chance`` in its upper half, ``row`` its own."""
     soft = torch.zeros(1, size, size)
@@ -260,6 +311,7 @@ def square(chance, *, size=20, row=None):
 def test_a_row_of_a_mask_may_differ_if_rounding_decides(wanted, got, explained):
     wanted, got = square(0.9, row=wanted), square(0.9, row=got)
     wanted['masks'] = (wanted['masks'] * 255).to(torch.uint8)  # as mmdet gives them
+    got['mask_crops'] = got['masks']
     got['masks'] = got['masks'] >= 0.5
     cfg = ConfigDict(score_thr=0.05, max_per_img=100, mask_thr_binary=0.5)
     verdict = compare_detections([(wanted, got)], cfg, Limits())

@@ -7,12 +7,13 @@ import time
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from fastvit_mm import FastViTError
-from fastvit_mm.hand_mesh import demo_data, drawing, evaluate, read_hand_model
+from fastvit_mm.hand_mesh import HandSample, demo_data, drawing, evaluate, read_hand_model
 from fastvit_mm.hand_mesh.freihand import read_list
 from fastvit_mm.hand_mesh.transforms import project
 
@@ -75,13 +76,14 @@ def test_lists_that_do_not_fit(folder):
     path = folder / 'training_xyz.json'
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values[:-1]))
-    refused(folder, r"lists training_\*\.json in .* differ: \{'K': 6, 'xyz': 5")
-    values[4][7][2] *= -1
-    path.write_text(json.dumps(values))
-    refused(folder, r'training_xyz\.json: sample 4 has points behind the camera')
+    refused(folder, r"lists training_\*\.json in .* differ in length: \{'K': 6, 'xyz': 5")
+    for depth in (-values[4][7][2], 0):
+        values[4][7][2] = depth
+        path.write_text(json.dumps(values))
+        refused(folder, r'training_xyz\.json: sample 4 has points behind the camera')
     for text in ('[[1, 2]]', '[[NaN', '{"a": 1}', '', '\0\0'):
         path.write_text(text)
-        refused(folder, r'training_xyz\.json (cannot be read|is no list of 21 x 3)')
+        refused(folder, r'training_xyz\.json (cannot be read|does not hold 21 x 3)')
     path.unlink()
     refused(folder, r'training_xyz\.json is missing')
 
@@ -156,6 +158,34 @@ def test_photos_of_any_shape_are_shown_whole():
     square = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     same = run([dict(type='FitHand', scale=96)], dict(img=square.copy()))['img']
     np.testing.assert_array_equal(same, square)
+
+
+def test_views_stay_within_their_limits():
+    settings = dict(type='RandomHandView', rotation=10, rotation_prob=0.5, zoom=0.2, shift=0.1)
+    angles, scales, shifts = [], [], []
+    for seed in range(60):
+        image = np.zeros((65, 65, 3), np.uint8)
+        view = run([settings], dict(img=image), seed)['view']
+        angles.append(np.degrees(np.arctan2(view[1, 0], view[0, 0])))
+        scales.append(np.hypot(view[0, 0], view[1, 0]))
+        shifts.append((view @ [32, 32, 1])[:2] - 32)
+    turned = np.abs(angles)[np.abs(angles) > 1e-9]
+    assert 15 < len(turned) < 45 and 5 < turned.max() <= 20
+    assert 0.8 <= min(scales) < 0.85 and 1.15 < max(scales) <= 1.2
+    assert 5 < np.abs(shifts).max() <= 6.5
+
+
+def test_one_view_after_another():
+    """The whole way from the photo is known, which predictions go back."""
+    steps = [dict(type='FitHand', scale=96), VIEW]
+    info = dict(img=np.zeros((40, 64, 3), np.uint8), K=np.eye(3))
+    results = run(steps, info)
+    point = np.array([10.0, 20, 1])
+    angle = np.arctan2(results['view'][1, 0], results['view'][0, 0])
+    # a camera of K = 1 sees the point itself, which the turn moved before the new one does
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ point
+    np.testing.assert_allclose(results['K'] @ turned, results['view'] @ point, atol=1e-9)
 
 
 def test_colours_change_by_channel():
@@ -250,6 +280,26 @@ def test_the_overlay_covers_the_hand(drawn):
     assert covered.mean() > 0.85 and (picture.max(2) > 0).mean() < 0.5
 
 
+def test_the_picture_of_a_prediction(drawn):
+    """The photo, the mesh on the hand's pixels, and the mesh from the side."""
+    info = dataset(drawn, 'evaluation').get_data_info(1)
+    xyz, verts = (info[name] - info['xyz'][9] for name in ('xyz', 'verts'))
+    uv = project(info['K'], info['xyz'])
+    values = dict(pred_xyz=xyz, pred_verts=verts, pred_uv=uv, faces=HAND.f)
+    sample = HandSample(**{name: torch.tensor(value) for name, value in values.items()})
+    picture = drawing.draw_hand(np.zeros((SIZE, SIZE, 3), np.uint8), sample)
+    photo, over, side = np.split(picture.max(2), 3, axis=1)
+    assert picture.shape == (512, 1536, 3) and not photo.any()
+    rows, columns = over.nonzero()
+    seen = (project(info['K'], info['verts']) + 0.5) * 512 / SIZE - 0.5
+    edges = [*seen.min(0), *seen.max(0)]
+    found = [columns.min(), rows.min(), columns.max(), rows.max()]
+    np.testing.assert_allclose(found, edges, atol=12)  # a weak perspective, of a hand near by
+    front = drawing.turntable(verts, HAND.f, 0).min(2)
+    width = [np.ptp((view < 250).any(0).nonzero()[0]) for view in (side, front)]
+    assert width[0] < 0.85 * width[1]
+
+
 def test_the_turntable(tmp_path):
     front, side, back = (drawing.turntable(HAND.v_template, HAND.f, a) for a in (0, 1.571, 3.1416))
     width = [np.ptp((p < 250).any(2).any(0).nonzero()[0]) for p in (front, side, back)]
@@ -257,6 +307,8 @@ def test_the_turntable(tmp_path):
     drawing.write_gif(tmp_path / 'hand.gif', HAND.v_template, HAND.f, 6)
     with Image.open(tmp_path / 'hand.gif') as gif:
         assert gif.n_frames == 6 and gif.info['loop'] == 0
+        red, _, blue = np.asarray(gif.convert('RGB'))[128, 128].astype(int)
+        assert red > blue + 20  # skin
     with pytest.raises(FastViTError, match='cannot write'):
         drawing.write_gif(tmp_path / 'no' / 'hand.gif', HAND.v_template, HAND.f, 2)
 

@@ -171,6 +171,7 @@ def test_a_sparse_array_cannot_point_elsewhere(tmp_path):
         (dict(posedirs=HAND.posedirs * np.nan), 'posedirs does not hold finite'),
         (dict(hands_mean=np.array(['a'] * 45)), 'hands_mean does not hold finite'),
         (dict(kintree_table=np.array([range(-1, 15), range(16)])), 'tree'),
+        (dict(hands_mean=np.zeros(45)), 'mean pose'),
     ],
 )
 def test_another_model_is_one_line(tmp_path, changes, words):
@@ -178,6 +179,32 @@ def test_another_model_is_one_line(tmp_path, changes, words):
     with pytest.raises(FastViTError, match=words) as error:
         read_hand_model(path)
     assert '\n' not in str(error.value) and 'other.pkl' in str(error.value)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_left_hand_is_refused(tmp_path, seed):
+    """However the hand lies in its file: MANO's point along x, ours along y."""
+    turn = Rotation.random(random_state=seed).as_matrix()
+    turned = dict(
+        v_template=HAND.v_template @ turn.T,
+        shapedirs=np.einsum('ij,vjk->vik', turn, HAND.shapedirs),
+        posedirs=np.einsum('ij,vjk->vik', turn, HAND.posedirs),
+        hands_mean=(HAND.hands_mean.reshape(15, 3) @ turn.T).ravel(),
+    )
+    read_hand_model(write(tmp_path / 'MANO_RIGHT.pkl', mano_content(**turned)))
+    # MANO_LEFT.pkl is the mirror image: x of the points, y and z of the axes, faces turned over
+    flip = np.array([-1, 1, 1])
+    left = dict(
+        v_template=turned['v_template'] * flip,
+        shapedirs=turned['shapedirs'] * flip[:, None],
+        posedirs=turned['posedirs'] * flip[:, None],
+        hands_mean=turned['hands_mean'] * np.tile(-flip, 15),
+        f=HAND.f[:, ::-1].astype(np.uint32),
+    )
+    path = write(tmp_path / 'MANO_LEFT.pkl', mano_content(**left))
+    with pytest.raises(FastViTError, match=r'is a left hand.*give MANO_RIGHT\.pkl') as error:
+        read_hand_model(path)
+    assert '\n' not in str(error.value)
 
 
 def test_what_is_no_file_of_the_kind(tmp_path):
@@ -220,8 +247,10 @@ def test_it_is_a_right_hand_that_bends_to_its_palm():
     palm = -palm / palm.norm()
     assert ((curled - rest)[tips[1:]] @ palm > 0.01).all()
     assert rest[4][0] > rest[8][0] > rest[12][0] > rest[16][0] > rest[20][0]
-    bones = (rest[[1, 2, 3, 4, 6, 7, 8]] - rest[[0, 1, 2, 3, 5, 6, 7]]).norm(dim=-1)
-    assert (bones > 0.01).all() and (bones < 0.08).all()
+    first = torch.arange(1, 21, 4)
+    for joint in range(3):
+        bones = (rest[first + joint + 1] - rest[first + joint]).norm(dim=-1)
+        assert (bones > 0.015).all() and (bones < 0.05).all()
 
 
 # --------------------------------------------------------------------------------------- the layer
@@ -258,6 +287,12 @@ def test_the_layer_against_smplx(tmp_path):
     assert found.std(0).max() > 0.01
     # their joints are those of the rest pose, carried along: only the tips are ours
     np.testing.assert_allclose(layer.joints(found)[:, 4::4], found[:, TIPS])
+
+
+def test_the_vertices_at_the_fingertips_are_freihands():
+    """manopth takes 745, 317, 444, 556, 673 and smplx 744, 320, 443, 554, 671."""
+    assert TIPS == [744, 320, 443, 555, 672]
+    assert HAND.joint_regressor()[4::4].argmax(1).tolist() == TIPS
 
 
 def test_joints_are_regressed_from_the_posed_vertices():

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS
 from PIL import Image
 from randomize import randomize, relative
 from test_hand_mesh_data import run
+from test_hand_mesh_hand_model import Hostile, mano_content, write
 from test_tools import load_tool, refusal
 
 import fastvit_mm
@@ -21,6 +22,7 @@ from fastvit_mm import FastViTError, launch, pictures, reparameterize
 from fastvit_mm.export import Session, attach, export, verify
 from fastvit_mm.hand_mesh import HandSample, demo_data, read_hand_model
 from fastvit_mm.hand_mesh.hand_model import matrices_of_axis_angle
+from fastvit_mm.hand_mesh.heads import sample_at
 
 ROOT = Path(__file__).parent.parent
 HAND = read_hand_model('synthetic')
@@ -169,6 +171,39 @@ def test_predictions_are_in_pixels(hands):
     torch.testing.assert_close(back, torch.stack([s.uv for s in data['data_samples']]))
 
 
+def test_images_need_not_be_square(hands):
+    head = build('vertices').head
+    sample = HandSample(metainfo=dict(img_shape=(48, 64)))
+    for name in ('verts', 'xyz'):
+        sample.set_data({name: hands['data_samples'][0].get(name)})
+    sample.uv = torch.tensor([63.5, 47.5]).expand(21, 2)  # the lower right corner
+    assert torch.equal(head.targets([sample]).points, torch.ones(1, 21, 2))
+    head.forward = lambda feats: head.targets([sample])
+    found = head.predict(None, [sample])[0]
+    assert torch.equal(found.pred_uv, sample.uv)
+
+
+def test_the_paper_head_starts_from_the_mean_pose():
+    torch.manual_seed(0)
+    head = MODELS.build(config_of('mano').model).head
+    camera, rotations, shape = head.parameters_of((torch.zeros(1, 64),))
+    mean = torch.tensor(HAND.hands_mean).float().view(15, 3)
+    assert not camera.any() and not shape.any()
+    torch.testing.assert_close(rotations[0, 0], torch.eye(3))
+    torch.testing.assert_close(rotations[0, 1:], matrices_of_axis_angle(mean))
+
+
+def test_features_are_sampled_where_the_points_are():
+    """[-1, 1] ends at the edges of the outer pixels, as in the targets; the border goes on."""
+    features = torch.randn(1, 2, 4, 8)
+    rows, columns = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 5, 7, 2])
+    points = torch.stack([(columns + 0.5) / 4 - 1, (rows + 0.5) / 2 - 1], -1)
+    sampled = sample_at(features, points[None, :, None])
+    torch.testing.assert_close(sampled[0].T, features[0][:, rows, columns])
+    outside = sample_at(features, torch.tensor([[[[3.0, -3.0]]]]))
+    torch.testing.assert_close(outside[0, 0], features[0][:, 0, 7])
+
+
 # ------------------------------------------------------------------------------- with no hand model
 
 
@@ -307,6 +342,10 @@ def test_inference_and_its_picture(name, tmp_path):
     assert same.shape == photo.shape and (same != photo).any()
     with pytest.raises(FastViTError, match='does not exist'):
         fastvit_mm.inference(model, tmp_path / 'no.png')
+    for content in (b'', b'no image', (tmp_path / 'photo.png').read_bytes()[:20]):
+        (tmp_path / 'broken.png').write_bytes(content)
+        with pytest.raises(FastViTError, match=r'broken\.png cannot be read'):
+            fastvit_mm.inference(model, tmp_path / 'broken.png')
     deployed = fastvit_mm.init_model(cfg, tmp_path / 'hand.pth', reparam=True)
     found = fastvit_mm.inference(deployed, photo)
     assert relative(found.pred_verts, samples[0].pred_verts) < 1e-3
@@ -345,6 +384,12 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     assert [np.shape(one['verts']) for one in found] == [(778, 3)] * 3
     with Image.open('out/00000000.gif') as gif:
         assert gif.n_frames > 20
+    Path('broken.png').write_bytes(b'no image')
+    with pytest.raises(SystemExit, match='1'):
+        load_tool('infer').main([path, checkpoint, 'broken.png', '--demo', '--out', 'none'])
+    assert 'broken.png: cannot be read, skipped' in capfd.readouterr().err
+    with pytest.raises(FastViTError, match=r'no\.png does not exist'):
+        load_tool('infer').main([path, checkpoint, 'no.png', '--demo', '--out', 'none'])
     given = ['--with-hand-model'] if name == 'mano' else []
     load_tool('export').main([path, checkpoint, '--demo', '--out', 'h.onnx', *given])
     assert 'vertices, joints, points' in capfd.readouterr().out
@@ -353,12 +398,61 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     assert again['PA-MPJPE'] == pytest.approx(results[0]['PA-MPJPE'], rel=1e-3)
 
 
-def test_a_missing_hand_model_is_one_line_of_the_tools(tmp_path, monkeypatch, capfd):
+def no_hand_model(data):
+    return 'no.pkl', 'does not exist'
+
+
+def hostile_hand_model(data):
+    write(Path('bad.pkl'), mano_content(extra=Hostile(Path.touch, Path('mark'))))
+    return 'bad.pkl', 'no hand model does'
+
+
+def body_model(data):
+    write(Path('smpl.pkl'), mano_content(v_template=np.zeros((6890, 3))))
+    return 'smpl.pkl', 'v_template is (6890, 3)'
+
+
+def too_few_labels(data):
+    for path in data.glob('training_*.json'):
+        path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    return 'synthetic', '32 images, the lists 28'
+
+
+def unequal_lists(data):
+    path = data / 'training_verts.json'
+    path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    return 'synthetic', "'verts': 7"
+
+
+def no_last_version(data):
+    for number in range(24, 32):
+        (data / f'training/rgb/{number:08d}.jpg').unlink()
+    return 'synthetic', 'lacks 8 of 8 images of version auto'
+
+
+def behind_the_camera(data):
+    path = data / 'training_xyz.json'
+    values = np.array(json.loads(path.read_text()))
+    values[3, 5, 2] = -0.1
+    path.write_text(json.dumps(values.tolist()))
+    return 'synthetic', 'sample 3 has points behind the camera'
+
+
+BAD = [no_hand_model, hostile_hand_model, body_model]
+BAD += [too_few_labels, unequal_lists, no_last_version, behind_the_camera]
+
+
+@pytest.mark.parametrize('damage', BAD)
+def test_bad_input_is_one_line_of_the_tools(damage, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(demo_data.SPEC, 'hands', (8, 2))
+    data = Path('data/demo/freihand')
+    demo_data.make_freihand(data)
+    hand_model, words = damage(data)
     for name in HEADS:
-        path = str(ROOT / f'configs/hand_mesh/{name}_fastvit_t8_freihand.py')
-        args = [path, '--demo', '--cfg-options', 'model.head.hand_model=no.pkl']
+        config_of(name).dump('small.py')
+        args = ['small.py', '--demo', '--cfg-options', f'model.head.hand_model={hand_model}']
         with pytest.raises(SystemExit) as end:
             launch.run(lambda _, args=args: load_tool('train').main(args))
-        refusal((end.value.code, capfd.readouterr().err.strip().splitlines()[-1]), 'no.pkl')
+        refusal((end.value.code, capfd.readouterr().err.strip()), words)
+    assert not Path('mark').exists()

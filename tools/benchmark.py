@@ -1,6 +1,6 @@
 """Measure fastvit_mm against timm and other networks; docs/benchmarks.md has the results.
 
-python tools/benchmark.py deploy|whole|train|export|compare|growth|loading|processes [--json F] ...
+python tools/benchmark.py COMMAND [--json F] [--plot F] [--doc F#S] ...; --help lists the commands
 """
 
 import argparse
@@ -21,7 +21,10 @@ from benchmarks import measure
 from benchmarks.apart import settle
 from benchmarks.report import Report, check_targets, find_section
 
-COMMANDS = ('deploy', 'whole', 'train', 'export', 'compare', 'growth', 'loading', 'processes')
+COMMANDS = (
+    *('deploy', 'whole', 'hand', 'train', 'export'),
+    *('compare', 'growth', 'loading', 'processes'),
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

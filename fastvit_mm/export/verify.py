@@ -17,7 +17,7 @@ from fastvit_mm.errors import require
 from fastvit_mm.reparameterize import distance
 
 from .formats import FORMATS, KEY, merge
-from .graphs import Graph, graph_of, normalization
+from .graphs import Graph, graph_of, normalization, paste
 from .runtime import Session
 
 #: No rounding explains more: relative difference, or share of pixels.
@@ -36,13 +36,14 @@ class Limits:
     box: float = 0.5  # pixels
     score: float = 1e-3
     mask: float = 0.99  # overlap
+    crop: float = 0.02  # of probabilities, on average over what a crop covers
     margin: float = 0.05  # of probabilities
     rim: int = 0  # pixels
     lost: float = 0.0  # share without a counterpart
 
 
 #: For float16 features, which may also decide whether one box suppresses another.
-HALF_LIMITS = Limits(score=2e-2, mask=0.95, rim=2, lost=0.05)
+HALF_LIMITS = Limits(score=2e-2, mask=0.95, crop=0.1, rim=2, lost=0.05)
 
 
 @dataclass
@@ -58,15 +59,40 @@ class Verdict:
     text: str
 
 
+class Output:
+    """One output of an exported file, held against the model's, image by image."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.worst = self.rounding = 0.0
+        self.least = torch.finfo(torch.float32).eps
+        self.what = 'largest relative difference'
+
+    def compare(self, got: Tensor, wanted: Tensor, same: Tensor, truth: Tensor) -> None:
+        """``got`` (B, ...), the file's; of one image (1, ...): ``wanted``, the model's, and with
+        the file's rounding and with none ``same`` and ``truth``."""
+        self.worst = max(self.worst, *(difference(one[None], wanted) for one in got))
+        self.rounding = max(self.rounding, difference(same, truth))
+        if not wanted.is_floating_point():
+            self.least, self.what = 1 / wanted.numel(), 'share of differing pixels'
+
+    @property
+    def limit(self) -> float:
+        return min(10 * max(self.rounding, self.least), LIMIT)
+
+    def __str__(self) -> str:
+        return f'{self.what} {self.worst:.1e} (rounding explains {self.limit:.1e})'
+
+
 @torch.no_grad()
 def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> Verdict:
     """Run an exported file and the model that it came from on images.
 
-    Logits and probabilities: largest difference over the largest value, against ten times what
-    the model's own float32 (for a half-precision file: its half precision) differs from its
-    float64. Labels: the share of pixels that differ, against ten times the same. Detections:
-    against the model's own ``predict``, each with its counterpart. A Core ML file runs on Apple's
-    devices alone: its operators are counted and its weights compared instead.
+    Every output is compared. Floating-point numbers: largest difference over the largest value,
+    against ten times what the model's own float32 (for a half-precision file: its half precision)
+    differs from its float64. Labels: the share of pixels that differ, against ten times the same.
+    Detections: against the model's own ``predict``, each with its counterpart. A Core ML file runs
+    on Apple's devices alone: its operators are counted and its weights compared instead.
 
     Args:
         model: what was given to :func:`fastvit_mm.export.export`.
@@ -83,31 +109,36 @@ def verify(model: nn.Module, path: str | Path, images: Iterable[np.ndarray]) -> 
         model.roi_head.test_cfg = ConfigDict(cfg, mask_thr_binary=-1)
         pairs = [detections(model, session, image) for image in images]
         return compare_detections(pairs, cfg, limits)
-    output = info['outputs'][0]
-    reference = graph_of(copy.deepcopy(model), output=output).eval()
+    names = info['outputs']
+    reference = graph_of(copy.deepcopy(model), output=names[0]).eval()
+    if names != list(reference.names):
+        return Verdict(
+            False, f'it gives {", ".join(names)} instead of {", ".join(reference.names)}'
+        )
+    outputs = [Output(name) for name in names]
     exact = copy.deepcopy(reference).double()
     reduced = None
     if info['half']:
         dtype = torch.bfloat16 if path.suffix == '.pt2' else torch.float16
-        reduced = graph_of(merge(model), half=dtype, output=output).eval()
-    worst = rounding = 0.0
+        reduced = graph_of(merge(model), half=dtype, output=names[0]).eval()
     for image in images:
         normalized = normalize(model, image)
-        batch = session.info['batch'] or 1
         given = torch.from_numpy(image)[None] if info['preprocess'] else normalized
-        got = session(given.repeat(batch, 1, 1, 1))[output]
-        wanted = reference(normalized)[0]
-        truth = exact(normalized.double())[0]
-        same = reduced(normalized)[0] if reduced is not None else wanted
-        worst = max(worst, *(difference(one[None], wanted) for one in got))
-        rounding = max(rounding, difference(same, truth))
-    least = 1 / wanted.numel() if output == 'labels' else torch.finfo(torch.float32).eps
-    limit = min(10 * max(rounding, least), LIMIT)
-    what = 'share of differing pixels' if output == 'labels' else 'largest relative difference'
-    return Verdict(worst <= limit, f'{what} {worst:.1e} (rounding explains {limit:.1e})')
+        got = session(given.repeat(info['batch'] or 1, 1, 1, 1))
+        wanted, truth = reference(normalized), exact(normalized.double())
+        same = wanted if reduced is None else reduced(normalized)
+        for output, *values in zip(outputs, wanted, same, truth, strict=True):
+            output.compare(got[output.name], *values)
+    if len(outputs) == 1:
+        text = str(outputs[0])
+    else:
+        text = '; '.join(f'{output.name}: {output}' for output in outputs)
+    return Verdict(all(output.worst <= output.limit for output in outputs), text)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return np.inf
     return distance(a, b) if a.is_floating_point() else float((a != b).float().mean())
 
 
@@ -138,7 +169,7 @@ def detections(model: nn.Module, session: Session, image: np.ndarray) -> tuple[d
 
 def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict, limits: Limits) -> Verdict:
     count = lost = 0
-    box = score = 0.0
+    box = score = crop = 0.0
     mask = 1.0
     for wanted, got in pairs:
         rows, columns = match(wanted, got, limits)
@@ -150,6 +181,7 @@ def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict, limits: Limits
         if 'masks' in wanted:
             masks = wanted['masks'][rows], got['masks'][columns]
             mask = min([mask, *overlaps(*masks, cfg.mask_thr_binary, limits)])
+            crop = max([crop, *crop_gaps(wanted, got, rows, columns)])
     if not count + lost:
         return Verdict(
             False,
@@ -158,10 +190,24 @@ def compare_detections(pairs: list[tuple[dict, dict]], cfg: dict, limits: Limits
         )
     text = (
         f'{count} detections matched, {lost} not; boxes within {box:.1e} pixel, scores within '
-        f'{score:.1e}, masks overlap at least {mask:.4f}'
+        f'{score:.1e}, masks overlap at least {mask:.4f}, their crops within {crop:.1e}'
     )
-    explained = score <= limits.score and mask >= limits.mask and lost <= limits.lost * count
+    explained = (
+        score <= limits.score
+        and mask >= limits.mask
+        and crop <= limits.crop
+        and lost <= limits.lost * count
+    )
     return Verdict(explained, text)
+
+
+def crop_gaps(wanted: dict, got: dict, rows: np.ndarray, columns: np.ndarray) -> list[float]:
+    """Of pairs of detections: the mean difference between mmdet's probabilities, in 255ths, and
+    the file's crops where these are stretched to their boxes."""
+    stretched = paste(got['mask_crops'][columns], got['boxes'][columns], got['masks'].shape[1:])
+    theirs = wanted['masks'][rows] / 255
+    inside = ((stretched > 0) | (theirs > 0)).sum((1, 2)).clamp(min=1)
+    return ((stretched - theirs).abs().sum((1, 2)) / inside).tolist()
 
 
 def overlaps(wanted: Tensor, got: Tensor, threshold: float, limits: Limits) -> list[float]:
@@ -202,13 +248,17 @@ def verify_coreml(model: nn.Module, path: Path) -> Verdict:
     package = coremltools.models.MLModel(str(path), skip_model_load=True)
     info = json.loads(package.user_defined_metadata[KEY])
     graph = graph_of(merge(model), info['preprocess'], output=info['outputs'][0])
-    found, wanted = operators(package.get_spec()), expected_operators(graph)
+    spec = package.get_spec()
+    found, wanted = operators(spec), expected_operators(graph)
     eps = torch.finfo(torch.float16 if info['half'] else torch.float32).eps
     stored = coremltools.optimize.coreml.get_weights_metadata(package, weight_threshold=0)
     stored = {
         name.removesuffix('_to_fp16'): torch.from_numpy(np.array(w.val))
         for name, w in stored.items()
     }
+    names = [output.name for output in spec.description.output]
+    # Core ML's own classifiers have names of their own
+    named = spec.description.predictedFeatureName or names == list(graph.names)
     worst, missing = 0.0, []
     for name, weight in graph.model.named_parameters():
         twin = stored.get('p_model_' + name.replace('.', '_'))
@@ -221,10 +271,12 @@ def verify_coreml(model: nn.Module, path: Path) -> Verdict:
         if found == wanted
         else f'operators {dict(found)} instead of {dict(wanted)}'
     )
+    if not named:
+        text += f', it gives {", ".join(names)} instead of {", ".join(graph.names)}'
     if missing:
         text += f', {len(missing)} weights are missing, such as {missing[0]}'
     text += f'; weights within {worst:.1e} (it runs on Apple devices only)'
-    return Verdict(found == wanted and not missing and worst <= eps, text)
+    return Verdict(bool(named) and found == wanted and not missing and worst <= eps, text)
 
 
 #: Operators that must be there as often as in PyTorch, and what makes them.

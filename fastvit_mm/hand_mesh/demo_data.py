@@ -1,4 +1,4 @@
-"""Generated hands on noisy grounds, written as FreiHAND's own files."""
+"""Generated hands on noisy backgrounds, written in FreiHAND's layout."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from .hand_model import MIDDLE, HandLayer, matrices_of_axis_angle
 from .synthetic_hand import BENDS, FIRST_JOINT, flexion_axis, synthetic_hand
 
 VERSION = 1  # raise it when the pictures change
-SPEC = dict(hands=(800, 120), size=64)  # to train on, each in four pictures; to evaluate on
+SPEC = dict(hands=(2400, 120), size=64)  # to train on, each in four pictures; to evaluate on
 FOCAL = 2.1  # in image sizes
 
 
@@ -44,7 +44,7 @@ def pose_hands(poses: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def place_before_camera(rng, xyz: np.ndarray, verts: np.ndarray, size: int) -> np.ndarray:
-    """Move one hand, in place, to where it is seen whole; the camera's K (3, 3)."""
+    """Move one hand, in place, to where all of it is seen; returns the camera's K (3, 3)."""
     K = np.array([[FOCAL * size, 0, (size - 1) / 2], [0, FOCAL * size, (size - 1) / 2], [0, 0, 1]])
     middle = (verts.min(0) + verts.max(0)) / 2
     spread = np.abs(verts - middle)[:, :2].max()
@@ -56,7 +56,7 @@ def place_before_camera(rng, xyz: np.ndarray, verts: np.ndarray, size: int) -> n
 
 
 def draw_hand(rng: np.random.Generator, K: np.ndarray, verts: np.ndarray, size: int) -> np.ndarray:
-    """One picture, RGB uint8: a hand lit from somewhere before it on a random ground."""
+    """One picture, RGB uint8: a hand, lit from in front, on a random background."""
     ground = texture(rng, size, size, rng.uniform(20, 235, 3), 60)
     image = (ground + rng.normal(0, 6, ground.shape)).clip(0, 255).astype(np.uint8)
     pixels = verts @ K.T

@@ -6,9 +6,9 @@ import numpy as np
 from fastvit_mm.errors import FastViTError
 
 SKIN = (140, 170, 225)  # BGR
-LIGHT = np.array([-0.4, -0.6, -1.0])  # from above, left, and before the hand
+LIGHT = np.array([-0.4, -0.6, -1.0])  # from above, from the left and from in front of the hand
 SHIFT = 4  # bits below a pixel
-FINE = 2  # painted so much finer, for smooth edges
+FINE = 2  # times as fine when painted, for smooth edges
 SIDE = 512  # pixels of a picture
 
 
@@ -31,7 +31,7 @@ def paint(image: np.ndarray, points: np.ndarray, faces: np.ndarray, colours: np.
     Args:
         image: uint8 (H, W, 3).
         points: (V, 3): x and y in pixels, pixel centres at whole numbers; z grows away.
-        faces: (F, 3), outside in their right-handed sense.
+        faces: (F, 3), counterclockwise as seen from outside.
         colours: (F, 3), 0 to 255.
     """
     height, width = image.shape[:2]
@@ -77,7 +77,7 @@ def draw_hand(image: np.ndarray, sample, same_size: bool = False) -> np.ndarray:
     xyz, uv, verts, faces = (sample.get(name).cpu().numpy() for name in names)
     if not faces.any():
         raise FastViTError(
-            'the triangles are not known: name the hand model by --cfg-options '
+            'the triangles are unknown: name the hand model with --cfg-options '
             'model.head.hand_model=FILE'
         )
     if same_size:

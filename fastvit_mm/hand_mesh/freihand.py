@@ -18,13 +18,13 @@ SYNTAX = b'[] \t\r\n'
 def read_list(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A JSON list of arrays of one shape, (N, *shape) float32.
 
-    The file of the vertices holds 76 million numbers, for which a JSON parser needs gigabytes.
+    Without a JSON parser, which needs gigabytes for the 76 million numbers of the vertices.
 
     Raises:
         FastViTError: a file that is missing, damaged, or holds anything else.
     """
     if not path.is_file():
-        raise FastViTError(f'{path} is missing: FreiHAND v2 has it')
+        raise FastViTError(f'{path} is missing: it is part of FreiHAND v2')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error')  # it would stop at what is no number
@@ -34,7 +34,7 @@ def read_list(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     each = int(np.prod(shape))
     if not numbers.size or numbers.size % each or not np.isfinite(numbers).all():
         wanted = ' x '.join(map(str, shape))
-        raise FastViTError(f'{path} is no list of {wanted} finite numbers each')
+        raise FastViTError(f'{path} does not hold {wanted} finite numbers per sample')
     return numbers.reshape(-1, *shape)
 
 
@@ -54,7 +54,7 @@ class FreiHAND(BaseDataset):
 
     def __init__(self, split: str, **settings):
         if split not in VERSIONS:
-            raise FastViTError(f'split {split!r} is none of {", ".join(VERSIONS)}')
+            raise FastViTError(f'split {split!r} is not one of {", ".join(VERSIONS)}')
         self.split = split
         super().__init__(**settings)
 
@@ -66,7 +66,9 @@ class FreiHAND(BaseDataset):
         }
         lengths = {name: len(values) for name, values in self.labels.items()}
         if len(set(lengths.values())) > 1:
-            raise FastViTError(f'the lists {self.split}_*.json in {root} differ: {lengths}')
+            raise FastViTError(
+                f'the lists {self.split}_*.json in {root} differ in length: {lengths}'
+            )
         for name in ('xyz', 'verts'):
             behind = (self.labels[name][..., 2] <= 0).any(1)
             if behind.any():

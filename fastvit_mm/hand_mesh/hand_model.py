@@ -121,8 +121,8 @@ def read_hand_model(path: str | Path) -> HandModel:
         path: of the file; ``'synthetic'`` for the demo's hand.
 
     Raises:
-        FastViTError: a file that is missing, cannot be read, names foreign classes, or holds
-            arrays of other shapes or values.
+        FastViTError: a file that is missing, cannot be read, names foreign classes, holds arrays
+            of other shapes or values, or a left hand.
     """
     if str(path) == SYNTHETIC:
         from .synthetic_hand import synthetic_hand
@@ -161,10 +161,33 @@ def checked(path: Path, arrays: dict[str, np.ndarray], parents: np.ndarray) -> H
         'tree of joints' * (tuple(parents[1:]) != PARENTS[1:])
         or 'faces' * bool(faces.min() < 0 or faces.max() >= 778)
         or 'weights' * any(abs(total - 1).max() > 1e-2 for total in sums)
+        or 'angles of the mean pose' * (not arrays['hands_mean'].any())
     )
     if wrong:
         raise FastViTError(f'hand model {path}: its {wrong} are not those of MANO')
-    return HandModel(**arrays)
+    hand = HandModel(**arrays)
+    if is_left(hand):
+        raise FastViTError(
+            f'hand model {path} is a left hand, FreiHAND has right hands: give MANO_RIGHT.pkl'
+        )
+    return hand
+
+
+def is_left(hand: HandModel) -> bool:
+    """Whether the mean pose bends the fingers away from where a right hand has its palm.
+
+    Independent of the axes: the palm of a right hand faces along the vector product of the
+    directions from the wrist to index and little finger; a left hand's is on the other side.
+    """
+    joints = hand.J_regressor @ hand.v_template
+    axes = hand.hands_mean.reshape(15, 3)
+    bent = sum(
+        np.cross(axes[joint - 1], joints[joint + 1] - joints[joint])
+        for finger in (1, 4, 7, 10)  # not the thumb
+        for joint in (finger, finger + 1)
+    )
+    index, little = joints[[1, 7]] - joints[0]
+    return np.cross(index, little) @ bent < 0
 
 
 def write_hand_model(hand: HandModel, path: str | Path) -> None:

@@ -44,7 +44,7 @@ class HandHead(BaseModule):
     root: int
 
     def read_hand_model(self) -> None:
-        """Called once before training; not for a test, where checkpoints have what is needed."""
+        """Called once before training; a test has what it needs in the checkpoint."""
 
     def forward(self, feats: Features) -> Hand:
         raise NotImplementedError
@@ -215,7 +215,7 @@ class VertexHead(HandHead):
         nn.init.zeros_(self.points.bias)
         nn.init.normal_(self.points.weight, std=0.001)
         nn.init.normal_(self.vertices.weight, std=0.001)
-        # As long as the regressor is zero it is not known.
+        # A regressor of zeros is not known yet.
         self.register_buffer('regressor', torch.zeros(21, 778))
         self.register_buffer('faces', torch.zeros(1538, 3, dtype=torch.long))
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -32,16 +33,19 @@ def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
 
     Args:
         image: a path or BGR uint8 (H, W, 3), best a square around the hand as in FreiHAND.
+
+    Raises:
+        FastViTError: a path of no image.
     """
-    pipeline = list(model.cfg.test_dataloader.dataset.pipeline)
-    given = dict(img_path=str(image))
-    if isinstance(image, np.ndarray):
-        given = dict(img=image)
-        pipeline = [step for step in pipeline if step['type'] != 'LoadImageFromFile']
-    elif not Path(image).is_file():
-        raise FastViTError(f'image {image} does not exist')
+    if not isinstance(image, np.ndarray):
+        path, image = Path(image), cv2.imread(str(image))
+        if image is None:
+            what = 'cannot be read' if path.is_file() else 'does not exist'
+            raise FastViTError(f'image {path} {what}')
+    steps = model.cfg.test_dataloader.dataset.pipeline
     with DefaultScope.overwrite_default_scope('mmengine'):
-        packed = Compose(pipeline)(given)
+        pipeline = Compose([step for step in steps if step['type'] != 'LoadImageFromFile'])
+    packed = pipeline(dict(img=image))
     return in_original(model.test_step(pseudo_collate([packed]))[0], model.head.faces)
 
 

@@ -55,9 +55,9 @@ def checked(name: str, points, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def evaluate(pred_xyz, pred_verts, xyz, verts) -> dict[str, float]:
-    """Hold predictions against the truth as FreiHAND's evaluation does.
+    """Compare predictions with the truth as FreiHAND's evaluation does.
 
-    Joints and vertices are aligned separately. A mirror image counts as the hand itself.
+    Joints and vertices are aligned separately. A mirror image counts as correct.
 
     Args:
         pred_xyz, xyz: joints (N, 21, 3), metres.

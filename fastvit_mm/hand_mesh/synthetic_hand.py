@@ -128,7 +128,7 @@ def build(sizes: dict) -> tuple[np.ndarray, dict[str, list]]:
 
 
 def faces_of(loops: dict[str, list]) -> np.ndarray:
-    """Triangles, outside in their right-handed sense."""
+    """Triangles, counterclockwise as seen from outside."""
     hole = {16 * (THUMB_ROW + i) + j for i in range(3) for j in (5, 6)}
     quads = []
     for row in range(PALM_RINGS - 1):
