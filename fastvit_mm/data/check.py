@@ -35,7 +35,7 @@ class Report:
     def add(self, found) -> bool:
         """Keep what is new; whether any of it stops a run."""
         found = list(found)
-        self.problems += [one for one in dict.fromkeys(found) if one not in self.problems]
+        self.problems = list(dict.fromkeys([*self.problems, *found]))
         return any(one.level == STOPS for one in found)
 
     @property
@@ -111,13 +111,14 @@ def read(dataset, workers: int, advance: Callable[[int], None]) -> Iterator[Prob
 
 
 def strays(scope: str, datasets: list[dict]) -> Iterator[Problem]:
-    """Files that nothing reads, and masks of no image."""
+    """Files that nothing reads."""
     if scope == 'mmpretrain':
         for one in layouts(datasets):
             yield from one.strays()
 
 
 def unused_masks(dataset) -> Iterator[Problem]:
+    """mmseg starts from the images: masks of other names go unseen."""
     folder = dataset.data_prefix.get('seg_map_path')
     suffix = getattr(dataset, 'seg_map_suffix', None)
     if not folder or not suffix or dataset.ann_file:
@@ -137,7 +138,8 @@ def annotation_problems(datasets: list[dict]) -> Iterator[Problem]:
     with DATASETS.switch_scope_and_registry('mmdet') as registry:
         kinds = [registry.get(one['type']) for one in datasets]
     for one, kind in zip(datasets, kinds, strict=True):
-        if not (isinstance(kind, type) and issubclass(kind, CocoDataset)):
+        own = isinstance(kind, type) and issubclass(kind, CocoDataset)
+        if not own or not one.get('ann_file'):
             continue
         path = Path(one['data_root'], one['ann_file'])
         try:

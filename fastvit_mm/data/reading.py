@@ -97,7 +97,7 @@ def explain(error: Exception, results: dict) -> FastViTError | None:
             error.args = (Problem(str(image), f'cannot be used: {error}'),)
         return error
     for path in (image, results.get('seg_map_path')):
-        if path and (wrong := wrong_with(path)):
+        if isinstance(path, str | Path) and (wrong := wrong_with(path)):
             return bad(path, wrong)
     if isinstance(error, KeyError) and error.args == ('mask',):
         return bad(image, 'has an object without an outline, but this config learns masks')
