@@ -1,5 +1,7 @@
 """Accuracy on other images than those of the validation set."""
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -232,9 +234,12 @@ def measure(
     try:
         for one in sets:
             own = dict(dataset=one.dataset, persistent_workers=False)
-            # hooks look there for the loop that runs
-            loop = runner._test_loop = FormsLoop(runner, {**loader, **own}, one.evaluator, models)
-            with only_classes(list(models.values()), one.labels):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints them
+                only_classes(list(models.values()), one.labels),
+            ):
+                loop = FormsLoop(runner, {**loader, **own}, one.evaluator, models)
+                runner._test_loop = loop  # where hooks look for the loop that runs
                 metrics = run(loop)
             yield Result(one.name, len(loop.dataloader.dataset), metrics)
     finally:
