@@ -1,17 +1,19 @@
 """--accumulate, --amp, --auto-scale-lr and --compile, with every task."""
 
 import argparse
+import copy
 
 import pytest
 import ranks_program
 import torch
+import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from test_processes import CONFIGS, shallow
 from torch._dynamo import register_backend
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastvit_mm import FastViTError, launch, train_options
+from fastvit_mm import FastViTError, FastViTNeck, launch, train_options
 from fastvit_mm.hooks.accumulate import split
 
 STEPS = 5
@@ -97,14 +99,27 @@ def test_options(task, home, monkeypatch):
 
 
 @pytest.mark.slow
-def test_inductor(home, monkeypatch):
-    """PyTorch's own compiler, whose kernels round differently."""
-    monkeypatch.chdir(home)
+def test_inductor():
+    """PyTorch's own compiler, in training only; copies are not compiled."""
     torch._dynamo.reset()
-    _, plain = run('classification', home, 'eager')
-    _, compiled = run('classification', home, 'inductor', '--compile')
-    assert compiled.losses == pytest.approx(plain.losses, abs=1e-3)
-    assert compiled.losses != plain.losses
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(neck=FastViTNeck(8)))
+    names, plain = list(model.state_dict()), copy.deepcopy(model.neck)
+    train_options.compile_network(model, True)
+    assert list(model.state_dict()) == names
+    results = []
+    for neck in (model.neck, plain):
+        (out,) = neck.train()((torch.linspace(-1, 1, 2 * 8 * 4 * 4).view(2, 8, 4, 4).sin(),))
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in neck.parameters())])
+    for compiled, eager in zip(*results, strict=True):
+        assert torch.allclose(compiled, eager, rtol=1e-3, atol=1e-4)
+    copied = copy.deepcopy(model.neck)
+    frames = torch._dynamo.utils.counters['frames']['ok']
+    assert frames > 0
+    for neck in (copied.train(), model.neck.eval()):
+        neck((torch.ones(3, 8, 5, 5),))
+    assert torch._dynamo.utils.counters['frames']['ok'] == frames
 
 
 @pytest.mark.parametrize(
