@@ -165,7 +165,7 @@ def state(path):
     kept = {k: hub[k] for k in ('best_score', 'keep_ckpt_ids') if k in hub}
     meta = {k: checkpoint['meta'][k] for k in ('epoch', 'iter', 'resuming')}
     parts = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
-    return plain([*(checkpoint[p] for p in parts), kept, meta])
+    return plain([*(checkpoint.get(p) for p in parts), kept, meta])
 
 
 def plain(node):

@@ -1,9 +1,13 @@
 """What ends a training early says so in one line, and costs nothing that was saved."""
 
+import ctypes
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +19,6 @@ from test_tools import load_tool
 from fastvit_mm import FastViT, FastViTError, weights, work_dir
 from fastvit_mm.finite import all_finite
 from fastvit_mm.writing import whole
-
-ROOT = Path(__file__).parent.parent
 
 
 def error_of(log):
@@ -279,25 +281,52 @@ def test_no_space_left_for_the_logs(tmp_path):
         (tmp_path / 'image').read_bytes()
 
 
-@pytest.mark.parametrize('how', ['vanished', 'read-only'])
-def test_a_work_dir_that_cannot_be_written_any_more(tmp_path, how):
+def test_a_work_dir_that_vanishes(tmp_path):
     folder, log = tmp_path / 'run', tmp_path / 'stderr'
+    hooks = [At(PER_EPOCH + 1, lambda _: shutil.rmtree(folder))]
+    assert forked(train, folder, hooks=hooks, log=log) == 2
+    assert str(folder) in error_of(log) and not folder.exists()
 
-    def spoil(runner):
-        if how == 'vanished':
-            shutil.rmtree(folder)
-        else:
-            folder.chmod(0o555)
 
-    if how == 'read-only' and os.geteuid() == 0:
-        pytest.skip('root writes everywhere')
-    assert forked(train, folder, hooks=[At(PER_EPOCH + 1, spoil)], log=log) == 2
-    assert str(folder) in error_of(log)
-    if how == 'vanished':
-        assert not folder.exists()
-    else:
-        folder.chmod(0o755)
-        assert work_dir.latest(folder).name == 'epoch_1.pth'
+def mount(folder, *args):
+    return subprocess.run(['mount', *args, folder], capture_output=True).returncode == 0
+
+
+def fill(runner):
+    with suppress(OSError), Path(runner.work_dir, 'fill').open('wb', 0) as file:
+        while file.write(bytes(1024)):
+            pass
+
+
+def make_read_only(runner):
+    for handler in runner.logger.handlers:  # nothing may be open
+        handler.close()
+    assert mount(runner.work_dir, '-o', 'remount,ro')
+
+
+@pytest.mark.parametrize('spoil', [fill, make_read_only])
+def test_a_disk_of_its_own(tmp_path, spoil):
+    """One that is really full or read-only, seen by this process alone."""
+    folder, log = tmp_path / 'run', tmp_path / 'stderr'
+    folder.mkdir()
+
+    def run():
+        if ctypes.CDLL(None).unshare(0x00020000) or not mount(
+            folder, '-t', 'tmpfs', '-o', 'size=2m', 'none'
+        ):
+            sys.exit(77)
+        try:
+            train(folder, hooks=[At(PER_EPOCH + 1, spoil)])
+        finally:
+            assert work_dir.latest(folder).name == 'epoch_1.pth'
+            assert not list(folder.glob('.*.part')) and not list(folder.glob('epoch_2*'))
+
+    code = forked(run, log=log)
+    if code == 77:
+        pytest.skip('this user may not mount')
+    assert code == 2, log.read_text()
+    expected = 'No space left' if spoil is fill else 'Read-only file system'
+    assert expected in error_of(log) and '--resume' in error_of(log)
 
 
 def test_whole_writes(tmp_path):
