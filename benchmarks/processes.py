@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 
 from fastvit_mm import ARCHS
-from fastvit_mm.processes import CPUDataParallel
+from fastvit_mm.running.processes import CPUDataParallel
 
 from . import measure, sides, train
 from .report import Report

@@ -13,16 +13,17 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as BaseRunner
 
-from . import data, failures, processes, settings, weights, work_dir
-from .batches import death_of_worker
+from . import data, failures, settings, weights
 from .data import check_data
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .export import attach, is_exported
 from .hooks import AfterFailureHook
 from .reparameterize import network, unwrap
-from .train_options import compile_network
-from .watch import one_fate
+from .running import processes, work_dir
+from .running.batches import death_of_worker
+from .running.train_options import compile_network
+from .running.watch import one_fate
 
 
 def debug_argument(parser: argparse.ArgumentParser) -> None:

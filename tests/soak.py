@@ -18,7 +18,7 @@ from pathlib import Path
 
 from small_runs import files, state
 
-from fastvit_mm.work_dir import RESUMABLE, is_whole
+from fastvit_mm.running.work_dir import RESUMABLE, is_whole
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = ('train_cfg.max_epochs=4', 'train_dataloader.dataset.indices=48')

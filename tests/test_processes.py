@@ -20,7 +20,8 @@ import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 
-from fastvit_mm import FastViTError, processes, watch
+from fastvit_mm import FastViTError
+from fastvit_mm.running import processes, watch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = dict(

@@ -20,7 +20,7 @@ from test_hook import Noise, Spy, make_runner, tiny_model
 
 import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
-from fastvit_mm.sync_batch_norm import SyncBatchNorm
+from fastvit_mm.running.sync_batch_norm import SyncBatchNorm
 
 RANKS = 2
 

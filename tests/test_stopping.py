@@ -16,8 +16,9 @@ from mmengine.optim import OptimWrapper
 from small_runs import PER_EPOCH, At, Drawn, Net, files, forked, make_run, train
 from test_tools import load_tool
 
-from fastvit_mm import FastViT, FastViTError, weights, work_dir
+from fastvit_mm import FastViT, FastViTError, weights
 from fastvit_mm.finite import all_finite
+from fastvit_mm.running import work_dir
 from fastvit_mm.writing import whole
 
 

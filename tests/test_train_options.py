@@ -13,8 +13,9 @@ from test_processes import CONFIGS, shallow
 from torch._dynamo import register_backend
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastvit_mm import FastViTError, FastViTNeck, launch, train_options
+from fastvit_mm import FastViTError, FastViTNeck, launch
 from fastvit_mm.hooks.accumulate import split
+from fastvit_mm.running import train_options
 
 STEPS = 5
 graphs = []  # that the compiler below was given

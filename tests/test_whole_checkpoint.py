@@ -26,7 +26,8 @@ from small_runs import (
     train,
 )
 
-from fastvit_mm import FastViTError, work_dir
+from fastvit_mm import FastViTError
+from fastvit_mm.running import work_dir
 from fastvit_mm.writing import WholeBackend, whole
 
 LAST = {True: 'epoch_3.pth', False: f'iter_{ITERATIONS}.pth'}

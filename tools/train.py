@@ -5,8 +5,9 @@ python tools/train.py CONFIG [--demo] [--resume [auto|FILE]] [--overwrite] [--am
 from mmengine.config import Config
 
 import fastvit_mm  # noqa: F401
-from fastvit_mm import launch, train_options, weights, work_dir
+from fastvit_mm import launch, weights
 from fastvit_mm.errors import FastViTError, require
+from fastvit_mm.running import train_options, work_dir
 
 
 def log_to_tensorboard(cfg: Config) -> None:

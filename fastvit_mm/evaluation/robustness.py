@@ -204,19 +204,6 @@ def forms(runner: Runner, reparam: bool, exported: bool) -> dict[str, nn.Module]
     return models
 
 
-def run(loop: FormsLoop) -> dict[str, dict[str, float]]:
-    """The metrics of a loop; an error that a worker of its loader raised, which holds the worker's
-    traceback, is reduced to its message."""
-    message = ''
-    try:
-        return loop.run()
-    except FastViTError as error:
-        if 'Traceback' not in str(error):
-            raise
-        message = str(error).rsplit('FastViTError: ', 1)[-1].strip()
-    raise FastViTError(message)  # here, it does not carry the other one along
-
-
 def measure(
     runner: Runner, loader: dict, models: dict[str, nn.Module], sets: Sequence[ImageSet]
 ) -> Iterator[Result]:
@@ -240,7 +227,7 @@ def measure(
             ):
                 loop = FormsLoop(runner, {**loader, **own}, one.evaluator, models)
                 runner._test_loop = loop  # where hooks look for the loop that runs
-                metrics = run(loop)
+                metrics = loop.run()
             yield Result(one.name, len(loop.dataloader.dataset), metrics)
     finally:
         runner.logger.setLevel(level)

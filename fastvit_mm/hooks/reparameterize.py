@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from fastvit_mm.errors import FastViTError, one_line
-from fastvit_mm.randomness import random_states, set_random_states
 from fastvit_mm.reparameterize import compare, network, reparameterize, unwrap
+from fastvit_mm.running.randomness import random_states, set_random_states
 
 
 @contextmanager

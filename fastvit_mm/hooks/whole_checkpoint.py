@@ -9,9 +9,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from fastvit_mm.batches import follow, seed_batches
 from fastvit_mm.errors import FastViTError, one_line
-from fastvit_mm.randomness import random_states, set_random_states
+from fastvit_mm.running.batches import follow, seed_batches
+from fastvit_mm.running.randomness import random_states, set_random_states
 from fastvit_mm.writing import PART, whole
 
 from .reparameterize import one_outcome
@@ -27,7 +27,7 @@ class WholeCheckpointHook(CheckpointHook):
     - A checkpoint is written beside and renamed when it is on the disk. Older ones, and the best
       so far, are removed after that.
     - It holds the states of the random generators of all ranks. The batches depend on the seed
-      and the iteration (:mod:`fastvit_mm.batches`), so nothing has to be loaded again.
+      and the iteration (:mod:`fastvit_mm.running.batches`), so nothing has to be loaded again.
     - A validation that was due when the run ended is made up for. Validations leave the random
       generators as they were.
     - :meth:`save_now` writes one between any two iterations.

@@ -15,7 +15,7 @@ from pathlib import Path
 from mmengine.dist import master_only
 from mmengine.logging import print_log
 
-from .errors import FastViTError, one_line
+from fastvit_mm.errors import FastViTError, one_line
 
 RESUMABLE = re.compile(r'(epoch|iter)_\d+\.pth')
 WRITTEN = re.compile(rf'{RESUMABLE.pattern}|best_.+\.pth|last_checkpoint')

@@ -17,8 +17,9 @@ from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 
+from fastvit_mm.errors import FastViTError, one_line
+
 from . import watch
-from .errors import FastViTError, one_line
 from .sync_batch_norm import run_on_cpu
 
 #: By launcher: what starts the processes, and where it says which one this is.

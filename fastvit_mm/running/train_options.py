@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 
-from .errors import FastViTError
+from fastvit_mm.errors import FastViTError
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from .errors import one_line
+from fastvit_mm.errors import one_line
 
 BEAT, DONE = b'.', 'done'
 GREETING = 30  # seconds to wait for the others in the beginning

@@ -18,7 +18,8 @@ from mmengine.dist import get_dist_info
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
-from .errors import FastViTError
+from fastvit_mm.errors import FastViTError
+
 from .randomness import random_states, seed_generators, set_random_states
 
 #: In a data worker: its process id and the item it is reading, in memory shared with the trainer.
