@@ -69,7 +69,7 @@ class First(Hook):
 
 
 class Last(Hook):
-    """Fails when all others have run; and sees what training starts from."""
+    """Fails when all others have run; and sees that everything starts from the trained weights."""
 
     priority = 'LOWEST'
 
@@ -78,8 +78,16 @@ class Last(Hook):
 
     before_val_epoch = before_test_epoch
 
-    def before_train(self, runner):
-        self.start = weights(runner.model)
+    def after_train_epoch(self, runner):
+        self.trained = weights(runner.model)
+
+    def before_val(self, runner):
+        assert same(weights(runner.model), self.trained)
+
+    before_test = before_train_epoch = before_val
+
+    def before_run(self, runner):
+        self.trained = weights(runner.model)
 
 
 class Mixed(OptimWrapper):
@@ -150,11 +158,11 @@ class Runs(RuleBasedStateMachine):
         assert same(weights(self.model), self.trained)
         assert not self.average or same(weights(self.average.module), self.averaged)
 
-    @rule()
-    def train(self):
-        train_more(self.runner, 1)
-        last = next(h for h in self.runner.hooks if isinstance(h, Last))
-        assert same(last.start, self.trained)
+    @rule(epochs=st.integers(1, 2))
+    def train(self, epochs):
+        """With a validation after every epoch."""
+        self.runner.train_loop.val_interval = 1
+        train_more(self.runner, epochs)
         assert self.runner.model is self.model
         assert not same(weights(self.model), self.trained)
         self.remember()
