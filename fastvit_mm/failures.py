@@ -56,7 +56,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         yield error
         inner, text = error.__cause__ or error.__context__, str(error)
         known = error.__cause__ is not None or isinstance(error, FastViTError)
-        error = inner if inner is not None and (known or str(inner) in text) else None
+        error = inner if known or (str(inner or '') and str(inner) in text) else None
 
 
 def without_traceback(error: BaseException) -> str:

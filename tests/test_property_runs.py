@@ -3,10 +3,17 @@
 import copy
 import math
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper
@@ -117,7 +124,7 @@ def build(ema, mixed, merged, folder):
         model,
         work_dir=str(folder),
         train_dataloader=dict(dataset=Noise(IMAGES), **loader),
-        train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1000),
+        train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1),
         optim_wrapper=(Mixed if mixed else OptimWrapper)(optimizer),
         val_dataloader=dict(dataset=Images(IMAGES), **loader),
         val_cfg=dict(fp16=mixed),
@@ -161,7 +168,6 @@ class Runs(RuleBasedStateMachine):
     @rule(epochs=st.integers(1, 2))
     def train(self, epochs):
         """With a validation after every epoch."""
-        self.runner.train_loop.val_interval = 1
         train_more(self.runner, epochs)
         assert self.runner.model is self.model
         assert not same(weights(self.model), self.trained)
@@ -214,9 +220,8 @@ class Runs(RuleBasedStateMachine):
         DefaultScope._instance_dict.clear()
 
 
+@pytest.mark.slow
 def test_any_order(tmp_path, monkeypatch):
-    from hypothesis.stateful import run_state_machine_as_test
-
     monkeypatch.setattr(Runs, 'folder', tmp_path)
-    few = settings.get_profile('long') if settings().max_examples > 100 else settings()
-    run_state_machine_as_test(Runs, settings=settings(few, stateful_step_count=12))
+    some = settings(max_examples=max(8, settings().max_examples // 2), stateful_step_count=10)
+    run_state_machine_as_test(Runs, settings=some)
