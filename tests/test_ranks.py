@@ -212,7 +212,9 @@ def one_signal(rank, folder):
             os.kill(os.getpid(), signal.SIGTERM)
 
     calm, _ = in_two(folder / 'calm')
-    stopped, code = in_two(folder / 'stopped', hooks=[At(5, send)])
+    sync = fastvit_mm.hooks.SyncStatisticsHook()
+    stopped, code = in_two(folder / 'stopped', hooks=[At(5, send), sync])
+    gathered = statistics(stopped.model.module).tolist()
     written = files(folder / 'stopped')
     resumed, _ = in_two(folder / 'stopped', resume=True)
     ends = [
@@ -222,6 +224,7 @@ def one_signal(rank, folder):
     drawn = [float(r.model.module.head.weight.double().sum()) for r in (calm, resumed)]
     return dict(
         stop=[code, stopped.iter, written],
+        gathered=gathered,
         # a rank's own running statistics are not in the checkpoint
         weights=[
             {k: v.tolist() for k, v in e['state_dict'].items() if 'running' not in k} for e in ends
@@ -305,6 +308,7 @@ def test_one_signal_stops_all_after_the_same_iteration(results):
         assert 'iter_5.pth' in written
         assert run['weights'][0] == run['weights'][1]
         assert run['drawn'][0] == run['drawn'][1] == results[0]['one_signal']['drawn'][0]
+        assert run['gathered'] == results[0]['one_signal']['gathered'], 'not those of all ranks'
 
 
 def test_one_infinite_loss_stops_all(results):

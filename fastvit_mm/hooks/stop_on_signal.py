@@ -14,6 +14,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from .sync_statistics import SyncStatisticsHook
 from .whole_checkpoint import WholeCheckpointHook
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -88,6 +89,9 @@ class StopOnSignalHook(Hook):
 
     @staticmethod
     def stop(runner: Runner, number: int, epoch: int, iteration: int) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, SyncStatisticsHook):
+                hook.average(runner)
         path = save(runner, epoch, iteration)
         if is_main_process():
             say(
