@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def test_stopped_by_a_signal(tmp_path, undisturbed, by_epoch, workers, number):
 
     def to_all(runner):
         group.write_text(' '.join(str(p.pid) for p in multiprocessing.active_children()))
-        os.killpg(0, number)
+        # not by the trainer, whose SIGTERM ends its data workers
+        command = ['kill', f'-{int(number)}', '--', f'-{os.getpgrp()}']
+        subprocess.run(command, start_new_session=True, check=True)
         time.sleep(0.1)  # a data worker would die now
 
     def run():
