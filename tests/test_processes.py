@@ -23,6 +23,8 @@ from mmpretrain.registry import MODELS
 from fastvit_mm import FastViTError
 from fastvit_mm.running import processes, watch
 
+# Its runs are made once, for the tests of one worker.
+pytestmark = pytest.mark.xdist_group('processes')
 ROOT = Path(__file__).parent.parent
 CONFIGS = dict(
     classification='configs/classification/fastvit_t8_in1k.py',

@@ -22,6 +22,7 @@ import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.running.sync_batch_norm import SyncBatchNorm
 
+pytestmark = pytest.mark.xdist_group('ranks')
 RANKS = 2
 
 
