@@ -362,6 +362,29 @@ def test_without_imagenet_c_its_images_are_made(robustness, sets, tmp_path, capf
     assert Image.open('pictures/robustness.png').size[0] > 800
 
 
+def test_a_test_set_is_left_out_only_where_there_is_none(robustness, sets, tmp_path):
+    (data := tmp_path / 'usual').mkdir()
+    for name in ('imagenet-a', 'imagenet-c'):
+        (data / name).symlink_to(sets.root / name)
+    (tmp_path / 'data').unlink()
+    (tmp_path / 'data').symlink_to(data)
+    (val := tmp_path / 'half' / 'val').mkdir(parents=True)
+    for wnid in sets.classes[1:]:
+        (val / wnid).symlink_to(sets.folder / wnid)
+
+    def measure(root, *names):
+        root = f'test_dataloader.dataset.data_root={root}'
+        return robustness('--sets', *names, '--json', 'r.json', '--cfg-options', root)
+
+    refusal(measure(tmp_path / 'half', 'a'), '999 class folders', '1000 classes')
+    refusal(measure(tmp_path / 'nowhere', 'a', 'real'), 'data set not found', 'nowhere')
+    code, err = measure(tmp_path / 'nowhere', 'a')
+    assert code == 0, err
+    found = json.loads(Path('r.json').read_text())
+    note = f'not measured on clean images: {tmp_path}/nowhere does not exist'
+    assert list(found['sets']) == ['a'] and found['notes'] == [note]
+
+
 def test_sets_that_cannot_be_used(robustness, sets, tmp_path):
     (kept := tmp_path / 'kept.json').write_text('{}')
 

@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.dist import is_main_process
 
 from fastvit_mm import evaluation, launch
@@ -78,16 +77,6 @@ def check_target(path: Path) -> None:
         raise FastViTError(f'{path} cannot be written')
 
 
-def has_test_set(cfg: Config, needed: bool) -> bool:
-    try:
-        launch.check_data(cfg, 'test')
-    except FastViTError:
-        if needed:
-            raise
-        return False
-    return True
-
-
 def progress(result: Result) -> str:
     figures = [
         ', '.join(f'{name} {value:.2f}' for name, value in result.headline(form).items())
@@ -112,8 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         check_target(target)
 
     plan = evaluation.plan(cfg, args.sets, roots, args.corruptions, args.severities, args.demo)
-    if not has_test_set(cfg, plan.needs_test_set):
-        plan.sets.pop(0)
+    plan.check_test_set(cfg)
     # that of a config merges before every single test
     hooks = [hook['type'] for hook in cfg.get('custom_hooks', [])]
     cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != MERGES]

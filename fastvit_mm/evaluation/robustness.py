@@ -11,6 +11,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
+from fastvit_mm.data import check_data
+from fastvit_mm.data.paths import datasets_of
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.hooks import ReparameterizeHook
 from fastvit_mm.reparameterize import unwrap
@@ -129,6 +131,20 @@ class Plan:
     needs_test_set: bool
     corrupted_by: str = ''
     notes: list[str] = field(default_factory=list)
+
+    def check_test_set(self, cfg: Config) -> None:
+        """Look at the config's own test set; leave it out, with a note, if it is not there.
+
+        Raises:
+            FastViTError: it is needed and not there, or something is wrong with it.
+        """
+        roots = [one['data_root'] for one in datasets_of(cfg, 'test')]
+        missing = [root for root in roots if not Path(root).exists()]
+        if missing and not self.needs_test_set:
+            self.sets.pop(0)
+            self.notes.append(f'not measured on clean images: {missing[0]} does not exist')
+        else:
+            check_data(cfg, 'test')
 
 
 def plan(
