@@ -14,6 +14,7 @@ from fastvit_mm import evaluation, launch
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.evaluation import CORRUPTIONS, ROOTS, SEVERITIES, TITLES, Result
 from fastvit_mm.export import is_exported
+from fastvit_mm.settings.widths import type_of
 
 PICTURE, MERGES = 'robustness.png', 'ReparameterizeHook'
 
@@ -103,12 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     plan = evaluation.plan(cfg, args.sets, roots, args.corruptions, args.severities, args.demo)
     plan.check_test_set(cfg)
     # that of a config merges before every single test
-    hooks = [hook['type'] for hook in cfg.get('custom_hooks', [])]
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != MERGES]
+    hooks = cfg.get('custom_hooks', [])
+    cfg.custom_hooks = [hook for hook in hooks if type_of(hook) != MERGES]
     cfg.test_dataloader.dataset, cfg.test_evaluator = plan.sets[0].dataset, plan.sets[0].evaluator
 
     runner = launch.test_runner(cfg, args.checkpoint)
-    models = evaluation.forms(runner, args.reparam or MERGES in hooks, exported)
+    models = evaluation.forms(runner, args.reparam or len(cfg.custom_hooks) < len(hooks), exported)
     report = evaluation.Report.of(cfg, args.checkpoint, plan)
     for result in evaluation.measure(runner, cfg.test_dataloader, models, plan.sets):
         report.add(result)
