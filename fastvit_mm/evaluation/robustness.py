@@ -102,6 +102,25 @@ def check_sets(cfg: Config, names: Sequence[str]) -> None:
         )
 
 
+def check_roots(cfg: Config, names: Sequence[str], roots: dict[str, str]) -> None:
+    """Whether each place is that of a set that is measured.
+
+    Raises:
+        FastViTError: one is not.
+    """
+    task = task_of(cfg)
+    if roots and task != 'classification':
+        raise FastViTError(
+            f'--data-root: only for classification; for {task}, set '
+            'test_dataloader.dataset.data_root with --cfg-options'
+        )
+    if unused := [name for name in roots if name not in names]:
+        raise FastViTError(
+            f'--data-root {unused[0]}={roots[unused[0]]}: --sets has no {unused[0]}; '
+            'add it there or leave out its place'
+        )
+
+
 def check_classes(cfg: Config, names: Sequence[str], catalogue: Catalogue) -> None:
     """Whether the model has the classes of the sets.
 
@@ -169,6 +188,7 @@ def plan(
     """
     names, roots = names or usual_sets(cfg), roots or {}
     check_sets(cfg, names)
+    check_roots(cfg, names, roots)
     corruptions = [name for name in CORRUPTIONS if name in corruptions]
     classifies = task_of(cfg) == 'classification'
     notes = []
