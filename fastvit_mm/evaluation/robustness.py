@@ -1,4 +1,4 @@
-"""Accuracy on other images than those of the validation set."""
+"""Accuracy on images other than those of the validation set."""
 
 import contextlib
 import io
