@@ -11,8 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
-from fastvit_mm.data import check_data
-from fastvit_mm.data.paths import datasets_of
+from fastvit_mm.data import check_data, datasets_in
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.hooks import ReparameterizeHook
 from fastvit_mm.reparameterize import unwrap
@@ -157,8 +156,8 @@ class Plan:
         Raises:
             FastViTError: it is needed and not there, or something is wrong with it.
         """
-        roots = [one['data_root'] for one in datasets_of(cfg, 'test')]
-        missing = [root for root in roots if not Path(root).exists()]
+        roots = [one.get('data_root') or '' for one in datasets_in(cfg.test_dataloader)]
+        missing = [root for root in roots if '://' not in root and not Path(root).exists()]
         if missing and not self.needs_test_set:
             self.sets.pop(0)
             self.notes.append(f'not measured on clean images: {missing[0]} does not exist')
