@@ -24,6 +24,7 @@ from .running import processes, work_dir
 from .running.batches import death_of_worker
 from .running.train_options import compile_network
 from .running.watch import one_fate
+from .settings.widths import type_of
 
 
 def debug_argument(parser: argparse.ArgumentParser) -> None:
@@ -166,12 +167,6 @@ class Runner(BaseRunner):
         return checkpoint
 
 
-TRAIN_ONLY = (
-    *('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr'),
-    *('val_dataloader', 'val_cfg', 'val_evaluator'),
-)
-
-
 def test_runner(cfg: Config, checkpoint: str) -> Runner:
     """A runner that can only test: without training set, optimizer, averaging or downloads.
 
@@ -180,11 +175,11 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     """
     settings.check(cfg, reads=settings.TEST)
     check_data(cfg, 'test')
-    for key in TRAIN_ONLY:
+    for key in settings.TRAIN - settings.TEST:
         cfg.pop(key, None)
     exported = is_exported(checkpoint)
     idle = ('EMAHook', 'ReparameterizeHook') if exported else ('EMAHook',)
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] not in idle]
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if type_of(h) not in idle]
     cfg.load_from, cfg.resume = None if exported else str(weights.find(checkpoint)), False
     weights.drop_pretrained(cfg.model)
     if 'teacher' in cfg.model:

@@ -83,7 +83,7 @@ def test_as_a_process(data):
     lines = damaged.stdout.splitlines()
     assert f'stops: {path} is empty: a run stops there' in lines
     assert any(line.startswith(f'note: {stray} is no image') for line in lines)
-    assert lines[-1].endswith('of val, test: 1 stops, 0 spoils, 1 note')
+    assert lines[-1].endswith('of val, test: 1 that stops, 0 that spoil, 1 note')
     assert 'Traceback' not in damaged.stderr and '6/6' not in damaged.stdout
 
 

@@ -342,9 +342,10 @@ def test_inference_and_its_picture(name, tmp_path):
     assert same.shape == photo.shape and (same != photo).any()
     with pytest.raises(FastViTError, match='does not exist'):
         fastvit_mm.inference(model, tmp_path / 'no.png')
-    for content in (b'', b'no image', (tmp_path / 'photo.png').read_bytes()[:20]):
+    start = (tmp_path / 'photo.png').read_bytes()[:100]
+    for content, wrong in ((b'', 'empty'), (b'text', 'no image'), (start, 'truncated')):
         (tmp_path / 'broken.png').write_bytes(content)
-        with pytest.raises(FastViTError, match=r'broken\.png cannot be read'):
+        with pytest.raises(FastViTError, match=rf'^{tmp_path}/broken\.png is {wrong}'):
             fastvit_mm.inference(model, tmp_path / 'broken.png')
     deployed = fastvit_mm.init_model(cfg, tmp_path / 'hand.pth', reparam=True)
     found = fastvit_mm.inference(deployed, photo)

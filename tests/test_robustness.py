@@ -21,12 +21,14 @@ from test_tools import CLASSIFICATION, DETECTION, SEGMENTATION, refusal, shallow
 from timm.data.real_labels import RealLabelsImagenet
 
 import fastvit_mm
+from fastvit_mm import launch
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.evaluation import (
     ALEXNET,
     CORRUPTIONS,
     CorruptImage,
+    Plan,
     Report,
     Result,
     corruption_errors,
@@ -35,6 +37,8 @@ from fastvit_mm.evaluation import (
     plot,
     published,
 )
+from fastvit_mm.evaluation.catalogue import check_released_corruptions
+from fastvit_mm.hooks import ReparameterizeHook
 
 home, tool = test_tools.home, test_tools.tool
 INFO = Path(timm.data.__file__).parent / '_info'
@@ -362,6 +366,60 @@ def test_without_imagenet_c_its_images_are_made(robustness, sets, tmp_path, capf
     assert Image.open('pictures/robustness.png').size[0] > 800
 
 
+def test_a_test_set_is_left_out_only_where_there_is_none(robustness, sets, tmp_path):
+    (data := tmp_path / 'usual').mkdir()
+    for name in ('imagenet-a', 'imagenet-c'):
+        (data / name).symlink_to(sets.root / name)
+    (tmp_path / 'data').unlink()
+    (tmp_path / 'data').symlink_to(data)
+    (val := tmp_path / 'half' / 'val').mkdir(parents=True)
+    for wnid in sets.classes[1:]:
+        (val / wnid).symlink_to(sets.folder / wnid)
+
+    def measure(root, *names):
+        root = f'test_dataloader.dataset.data_root={root}'
+        return robustness('--sets', *names, '--json', 'r.json', '--cfg-options', root)
+
+    refusal(measure(tmp_path / 'half', 'a'), '999 class folders', '1000 classes')
+    refusal(measure(tmp_path / 'nowhere', 'a', 'real'), 'data set not found', 'nowhere')
+    code, err = measure(tmp_path / 'nowhere', 'a')
+    assert code == 0, err
+    found = json.loads(Path('r.json').read_text())
+    note = f'not measured on clean images: {tmp_path}/nowhere does not exist'
+    assert list(found['sets']) == ['a'] and found['notes'] == [note]
+
+
+def test_a_hook_that_merges_may_be_given_as_a_class(robustness, monkeypatch):
+    read = launch.load_config
+
+    def load_config(args):
+        cfg = read(args)
+        cfg.custom_hooks = [dict(type=ReparameterizeHook)]
+        return cfg
+
+    monkeypatch.setattr(launch, 'load_config', load_config)
+    code, err = robustness('--sets', 'a', '--json', 'r.json')
+    assert code == 0, err
+    metrics = json.loads(Path('r.json').read_text())['sets']['a']['metrics']
+    assert list(metrics) == ['training form', 'deploy form']
+
+
+def test_only_the_first_process_counts_the_images_of_imagenet_c(tmp_path, monkeypatch):
+    for number, file in enumerate(('1/cat/a', '1/cat/b', '2/cat/a')):
+        (path := tmp_path / 'fog' / file).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'%d' % number)
+    given = (tmp_path, ['cat'], ['fog'])
+    check_released_corruptions(*given, [1])
+    with pytest.raises(FastViTError, match='fog/2 with fewer than 2 images'):
+        check_released_corruptions(*given, [1, 2])
+    for name in ('RANK', 'SLURM_PROCID'):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, '1')
+            check_released_corruptions(*given, [1, 2])
+            with pytest.raises(FastViTError, match='fog/3 missing'):
+                check_released_corruptions(*given, [1, 3])
+
+
 def test_sets_that_cannot_be_used(robustness, sets, tmp_path):
     (kept := tmp_path / 'kept.json').write_text('{}')
 
@@ -372,6 +430,11 @@ def test_sets_that_cannot_be_used(robustness, sets, tmp_path):
     refused('--data-root', 'a=nowhere', words=('ImageNet-A', 'nowhere', '--data-root a=DIR'))
     refused('--data-root', 'c=nowhere', '--sets', 'c', words=('ImageNet-C', 'nowhere'))
     refused('--data-root', 'b=there', words=('--data-root b', 'SET=PATH'))
+    unused = ('--data-root', 'a=there', '--sets', 'r', 'sketch')
+    refused(*unused, words=('--data-root a=there', '--sets has no a'))
+    seg = test_tools.ROOT / SEGMENTATION
+    place = ('--data-root', 'c=there')
+    refused(*place, words=('only for classification', 'dataset.data_root'), config=seg)
     # ImageNet-R's folders are not ImageNet-A's
     other = f'a={sets.root}/imagenet-r'
     refused('--data-root', other, words=('imagenet-r is not ImageNet-A', 'missing', 'others'))
@@ -530,6 +593,21 @@ def made_report(task='segmentation', forms=('training form', 'deploy form')):
     for name, score in scores.items():
         report.add(Result(name, 7, {form: {key: score} for form in forms}))
     return report
+
+
+def model_name(**backbone):
+    model = dict(type='ImageClassifier', backbone=backbone)
+    cfg = Config(dict(default_scope='mmpretrain', model=model, test_dataloader=dict(batch_size=1)))
+    report = Report.of(cfg, 'model.pth', Plan([], True))
+    return report.model, report.arch
+
+
+def test_only_a_fastvit_is_called_one():
+    assert model_name(type='SwinTransformer', arch='tiny') == ('ImageClassifier', '')
+    for kind in ('FastViT', 'mmengine.FastViT', fastvit_mm.FastViT):
+        assert model_name(type=kind, arch='sa12') == ('FastViT-SA12 ImageClassifier', 'sa12')
+    assert model_name(type='FastViT') == ('FastViT-SA36 ImageClassifier', 'sa36')
+    assert model_name(type='FastViT', arch=dict(depths=(1,))) == ('ImageClassifier', '')
 
 
 def test_what_is_retained_is_a_share_of_the_clean_score():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from randomize import randomize
 
 import fastvit_mm
@@ -125,6 +126,20 @@ def test_configs_that_cannot_be_used(tool, tmp_path):
     if not torch.cuda.is_available():
         refusal(tool('train', CLASSIFICATION, '--demo', '--amp', 'fp16'), '--amp fp16', 'bf16')
     refusal(tool('test', CLASSIFICATION, 'x.pth', '--launcher', 'pytorch'), 'RANK', 'torchrun')
+
+
+def test_a_test_has_nothing_of_training(home, tmp_path, monkeypatch):
+    """However its types are given: by name or, as in new-style configs, as classes."""
+    monkeypatch.chdir(home)
+    cfg = apply_demo(Config.fromfile(shallow(CLASSIFICATION, tmp_path)))
+    torch.save(dict(state_dict=fastvit_mm.init_model(cfg).state_dict()), tmp_path / 'model.pth')
+    kinds = ('EMAHook', 'mmengine.EMAHook', EMAHook)
+    cfg.custom_hooks, cfg.work_dir = [dict(type=kind) for kind in kinds], str(tmp_path)
+    runner = launch.test_runner(cfg, tmp_path / 'model.pth')
+    assert not any(isinstance(hook, EMAHook) for hook in runner.hooks)
+    stages = {f'{stage}_{part}' for stage in ('train', 'val') for part in ('dataloader', 'cfg')}
+    others = {'val_evaluator', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr'}
+    assert not (stages | others) & set(cfg) and 'test_dataloader' in cfg
 
 
 @pytest.mark.parametrize('config', CONFIGS)

@@ -36,7 +36,8 @@ def show(report: Report) -> None:
             print(f'{LEVELS[level]}: {len(problems) - SHOWN} more of this kind: {then}')
     read = '; '.join(f'{number} images of {stages}' for stages, number in report.images.items())
     numbers = [sum(one.level == level for one in report.problems) for level in LEVELS]
-    counted = ', '.join(f'{n} {level}' for level, n in zip(LEVELS, numbers, strict=True))
+    words = (('that stops', 'that stop'), ('that spoils', 'that spoil'), ('note', 'notes'))
+    counted = ', '.join(f'{n} {w[n != 1]}' for n, w in zip(numbers, words, strict=True))
     print(f'read {read or "no images"}: {counted if report.problems else "nothing is wrong"}')
 
 

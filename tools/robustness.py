@@ -8,13 +8,13 @@ import json
 import os
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.dist import is_main_process
 
 from fastvit_mm import evaluation, launch
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.evaluation import CORRUPTIONS, ROOTS, SEVERITIES, TITLES, Result
 from fastvit_mm.export import is_exported
+from fastvit_mm.settings.widths import type_of
 
 PICTURE, MERGES = 'robustness.png', 'ReparameterizeHook'
 
@@ -78,16 +78,6 @@ def check_target(path: Path) -> None:
         raise FastViTError(f'{path} cannot be written')
 
 
-def has_test_set(cfg: Config, needed: bool) -> bool:
-    try:
-        launch.check_data(cfg, 'test')
-    except FastViTError:
-        if needed:
-            raise
-        return False
-    return True
-
-
 def progress(result: Result) -> str:
     figures = [
         ', '.join(f'{name} {value:.2f}' for name, value in result.headline(form).items())
@@ -112,15 +102,14 @@ def main(argv: list[str] | None = None) -> None:
         check_target(target)
 
     plan = evaluation.plan(cfg, args.sets, roots, args.corruptions, args.severities, args.demo)
-    if not has_test_set(cfg, plan.needs_test_set):
-        plan.sets.pop(0)
+    plan.check_test_set(cfg)
     # that of a config merges before every single test
-    hooks = [hook['type'] for hook in cfg.get('custom_hooks', [])]
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != MERGES]
+    hooks = cfg.get('custom_hooks', [])
+    cfg.custom_hooks = [hook for hook in hooks if type_of(hook) != MERGES]
     cfg.test_dataloader.dataset, cfg.test_evaluator = plan.sets[0].dataset, plan.sets[0].evaluator
 
     runner = launch.test_runner(cfg, args.checkpoint)
-    models = evaluation.forms(runner, args.reparam or MERGES in hooks, exported)
+    models = evaluation.forms(runner, args.reparam or len(cfg.custom_hooks) < len(hooks), exported)
     report = evaluation.Report.of(cfg, args.checkpoint, plan)
     for result in evaluation.measure(runner, cfg.test_dataloader, models, plan.sets):
         report.add(result)

@@ -1,4 +1,4 @@
-"""Judging a model: robustness to other images than those of the validation set."""
+"""Judging a model: robustness on images other than those of the validation set."""
 
 from .catalogue import ROOTS, TITLES, Catalogue, published
 from .corruption_error import ALEXNET, CORRUPTIONS, SEVERITIES, corruption_errors, mce

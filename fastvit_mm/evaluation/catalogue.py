@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from fastvit_mm.errors import FastViTError, require
+from fastvit_mm.running.work_dir import first_of_job
 
 TITLES = dict(c='ImageNet-C', a='ImageNet-A', r='ImageNet-R', sketch='ImageNet-Sketch', real='ReaL')
 ROOTS = dict(
@@ -106,6 +107,8 @@ def check_released_corruptions(
 ) -> None:
     """Whether everything of ImageNet-C that is asked for is in ``root``.
 
+    Only the first process of a job counts the images: they are millions, in 75,000 folders.
+
     Raises:
         FastViTError: a corruption or severity is missing, or has not as many images as the others.
     """
@@ -118,6 +121,8 @@ def check_released_corruptions(
             f'{len(wanted)} folders <corruption>/<severity>; choose with --corruptions and '
             '--severities, or name another place with --data-root c=DIR'
         )
+    if not first_of_job():
+        return
     counts = {part: check_folders(root / part, classes, 'ImageNet-C', 'c') for part in wanted}
     most = max(counts.values())
     if less := [part for part, count in counts.items() if count < most]:

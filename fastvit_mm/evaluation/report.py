@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from mmengine.config import Config
 
+from fastvit_mm.settings.widths import type_of
+
 from .corruption_error import CORRUPTIONS, corruption_errors, mce
 from .figures import published_rows
 from .robustness import Plan, Result, task_of
@@ -51,15 +53,14 @@ class Report:
     @classmethod
     def of(cls, cfg: Config, checkpoint: str, plan: Plan) -> 'Report':
         """An empty report for a config's model."""
-        model = cfg.model
-        arch = model.get('backbone', {}).get('arch', '')
+        name, backbone = type_of(cfg.model), cfg.model.get('backbone')
+        arch = backbone.get('arch', 'sa36') if type_of(backbone) == 'FastViT' else ''
         arch = arch if isinstance(arch, str) else ''
-        name = f'{arch.upper()} {model.type}' if arch else model.type
         notes = list(plan.notes)
         if cfg.get('demo'):
             notes.append('generated images: for trying this out, the figures mean nothing else')
         return cls(
-            f'FastViT-{name}' if arch else name,
+            f'FastViT-{arch.upper()} {name}' if arch else name,
             checkpoint,
             task_of(cfg),
             arch,
@@ -97,11 +98,6 @@ class Report:
         """Top-1 errors in percent by corruption, for :func:`corruption_errors`."""
         curves = self.curves(form, 'top-1')
         return {name: [100 - value for value in one.values()] for name, one in curves.items()}
-
-    def mean(self, form: str, metric: str) -> float | None:
-        """The mean over all corruptions and severities measured."""
-        curves = self.curves(form, metric)
-        return float(np.mean([v for one in curves.values() for v in one.values()] or np.nan))
 
     def summary(self, form: str) -> dict[str, float | None]:
         """The paper's columns for a form of a classifier."""

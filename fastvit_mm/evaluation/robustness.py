@@ -1,4 +1,4 @@
-"""Accuracy on other images than those of the validation set."""
+"""Accuracy on images other than those of the validation set."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
+from fastvit_mm.data import check_data, datasets_in
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.hooks import ReparameterizeHook
 from fastvit_mm.reparameterize import unwrap
@@ -100,6 +101,25 @@ def check_sets(cfg: Config, names: Sequence[str]) -> None:
         )
 
 
+def check_roots(cfg: Config, names: Sequence[str], roots: dict[str, str]) -> None:
+    """Whether each place is that of a set that is measured.
+
+    Raises:
+        FastViTError: one is not.
+    """
+    task = task_of(cfg)
+    if roots and task != 'classification':
+        raise FastViTError(
+            f'--data-root: only for classification; for {task}, set '
+            'test_dataloader.dataset.data_root with --cfg-options'
+        )
+    if unused := [name for name in roots if name not in names]:
+        raise FastViTError(
+            f'--data-root {unused[0]}={roots[unused[0]]}: --sets has no {unused[0]}; '
+            'add it there or leave out its place'
+        )
+
+
 def check_classes(cfg: Config, names: Sequence[str], catalogue: Catalogue) -> None:
     """Whether the model has the classes of the sets.
 
@@ -130,6 +150,20 @@ class Plan:
     corrupted_by: str = ''
     notes: list[str] = field(default_factory=list)
 
+    def check_test_set(self, cfg: Config) -> None:
+        """Look at the config's own test set; leave it out, with a note, if it is not there.
+
+        Raises:
+            FastViTError: it is needed and not there, or something is wrong with it.
+        """
+        roots = [one.get('data_root') or '' for one in datasets_in(cfg.test_dataloader)]
+        missing = [root for root in roots if '://' not in root and not Path(root).exists()]
+        if missing and not self.needs_test_set:
+            self.sets.pop(0)
+            self.notes.append(f'not measured on clean images: {missing[0]} does not exist')
+        else:
+            check_data(cfg, 'test')
+
 
 def plan(
     cfg: Config,
@@ -153,6 +187,7 @@ def plan(
     """
     names, roots = names or usual_sets(cfg), roots or {}
     check_sets(cfg, names)
+    check_roots(cfg, names, roots)
     corruptions = [name for name in CORRUPTIONS if name in corruptions]
     classifies = task_of(cfg) == 'classification'
     notes = []

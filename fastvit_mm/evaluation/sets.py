@@ -9,6 +9,7 @@ from mmengine.config import Config
 
 from fastvit_mm.demo.config import dicts
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.settings.widths import type_of
 
 from .catalogue import TITLES, Catalogue, check_folders, check_released_corruptions
 from .corruptions import library
@@ -46,7 +47,7 @@ def loading(pipeline: Sequence[dict]) -> int:
         FastViTError: none does.
     """
     for index, step in enumerate(pipeline):
-        if 'LoadImage' in str(step['type']):
+        if 'LoadImage' in type_of(step):
             return index + 1
     raise FastViTError(
         "the test set's pipeline loads no image (LoadImageFromFile), so that images cannot be "

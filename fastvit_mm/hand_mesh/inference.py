@@ -2,19 +2,20 @@
 
 from pathlib import Path
 
-import cv2
 import mmcv
 import numpy as np
 import torch
 import torch.nn as nn
 from mmcv.transforms import Compose
+from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 
-from fastvit_mm.errors import FastViTError
+from fastvit_mm.data.reading import bad, decode, wrong_with
 from fastvit_mm.reparameterize import unwrap
+from fastvit_mm.settings.widths import type_of
 
 from .drawing import draw_hand
 from .transforms import HandSample
@@ -38,15 +39,21 @@ def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
         FastViTError: a path of no image.
     """
     if not isinstance(image, np.ndarray):
-        path, image = Path(image), cv2.imread(str(image))
-        if image is None:
-            what = 'cannot be read' if path.is_file() else 'does not exist'
-            raise FastViTError(f'image {path} {what}')
+        image = read(image)
     steps = model.cfg.test_dataloader.dataset.pipeline
     with DefaultScope.overwrite_default_scope('mmengine'):
-        pipeline = Compose([step for step in steps if step['type'] != 'LoadImageFromFile'])
+        pipeline = Compose([step for step in steps if type_of(step) != 'LoadImageFromFile'])
     packed = pipeline(dict(img=image))
     return in_original(model.test_step(pseudo_collate([packed]))[0], model.head.faces)
+
+
+def read(path: str | Path) -> np.ndarray:
+    """BGR uint8 (H, W, 3)."""
+    wrong = wrong_with(path)
+    image = None if wrong else decode(fileio.get(path))
+    if image is None:
+        raise bad(path, wrong or 'is no image')
+    return image
 
 
 def in_original(sample: HandSample, faces: torch.Tensor) -> HandSample:
