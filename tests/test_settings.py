@@ -1,21 +1,27 @@
 """Mistakes in configs and in --cfg-options: one line that says what was meant, before anything is
 built or written; and none where there is no mistake."""
 
+import inspect
 import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
 from test_configs import CONFIGS as ALL_CONFIGS
 from test_tools import ROOT, load_tool, refusal
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader
 
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, settings
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.settings.names import Registered
-from fastvit_mm.settings.signatures import accepted
+from fastvit_mm.settings.signatures import accepted, definer
 
 C = 'configs/classification/fastvit_t8_in1k.py'
 D = 'configs/detection/mask_rcnn_fastvit_t8_coco.py'
@@ -218,6 +224,57 @@ def test_what_is_right(loaded, task):
             settings.check(cfg, settings.merge(cfg, args.cfg_options))
 
 
+def keywords(target):
+    return set(inspect.signature(target).parameters) - {'params', 'dataset', 'lr', 'num_workers'}
+
+
+def options_for(place, names, **others):
+    pairs = dict.fromkeys(names) | {n.replace('__', '.'): v for n, v in others.items()}
+    return {f'{place}.{name}': value for name, value in pairs.items()}
+
+
+DELETED = {'_delete_': True}
+TAKEN = {
+    'AdamW': options_for('optim_wrapper.optimizer', keywords(AdamW) - {'weight_decay', 'eps'}),
+    'SGD': options_for(
+        *('optim_wrapper.optimizer', keywords(SGD) - {'weight_decay', 'momentum'}),
+        **(DELETED | dict(type='SGD', lr=0.1)),
+    ),
+    'DataLoader': options_for('train_dataloader', keywords(DataLoader) - {'sampler'}),
+    'clip_grad': options_for('optim_wrapper.clip_grad', ['foreach', 'error_if_nonfinite']),
+    'compile': options_for(
+        'compile', keywords(torch.compile) - {'model', 'options'}, options__max_autotune=True
+    ),
+    'dist_cfg': options_for('env_cfg.dist_cfg', ['init_method', 'device_id']),
+    'vis_backends': options_for(
+        *('visualizer.vis_backends.0.init_kwargs', ['reinit', 'anonymous']),
+    )
+    | {'visualizer.vis_backends.0.type': 'WandbVisBackend'},
+    'model_wrapper_cfg': options_for(
+        *('model_wrapper_cfg', ['static_graph', 'bucket_cap_mb', 'mixed_precision']),
+        type='MMDistributedDataParallel',
+    ),
+    'an activation': options_for('model.backbone.act_cfg', [], type='GELU', approximate='tanh'),
+}
+
+
+@pytest.mark.parametrize('name', TAKEN)
+def test_what_torch_takes_may_be_an_option(loaded, name):
+    cfg = Config(loaded[S].to_dict())
+    settings.check(cfg, settings.merge(cfg, TAKEN[name]))
+
+
+def test_sections_of_which_only_some_keys_are_read(loaded):
+    """mmengine picks what it knows from them."""
+    cfg = Config(loaded[S].to_dict())
+    cfg.env_cfg.update(cudnn_deterministic=False, opencv_num_threads=0)
+    cfg.auto_scale_lr = dict(base_batch_size=32, note='8 x 4')
+    settings.check(cfg)
+    cfg.env_cfg.cudnn_benchmrk = True
+    with pytest.raises(FastViTError, match='did you mean cudnn_benchmark'):
+        settings.check(cfg)
+
+
 @pytest.mark.parametrize('path', ALL_CONFIGS)
 def test_our_configs(path):
     cfg = Config.fromfile(ROOT / path)
@@ -398,3 +455,81 @@ def test_an_image_that_is_not_there(task, tmp_path):
     for images in (str(tmp_path / 'no.jpg'), [tmp_path / 'no.jpg']):
         with pytest.raises(FastViTError, match=r'image .*no\.jpg does not exist'):
             fastvit_mm.inference(model, images)
+
+
+# ----------------------------------------------------------------------- a project's own classes
+
+
+@MODELS.register_module()
+class OwnModel(BaseModel):
+    """Does with its settings what it likes."""
+
+    def __init__(self, backbone, pretrained=False, act_cfg='relu', loss: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+
+
+@MODELS.register_module()
+class OwnClassifier(BaseModel):
+    def __init__(self, head, **kwargs):
+        super().__init__(**kwargs)
+
+
+@DATASETS.register_module()
+class OwnDataset:
+    def __init__(self, data_root, pipeline, metas=None):
+        pass
+
+
+@pytest.fixture
+def own(loaded):
+    """A config with classes of its own."""
+    cfg = Config(loaded[C].to_dict())
+    cfg.model = dict(
+        type='OwnModel',
+        backbone=dict(type='resnet50', depth='deep', norm_cfg='bn', act_cfg=dict(fn='silu')),
+        act_cfg='relu',
+        loss='focal',
+        data_preprocessor=cfg.pop('data_preprocessor'),
+    )
+    cfg.train_dataloader.dataset = dict(
+        type='OwnDataset', data_root='/data', pipeline=['resize', dict(type='ResizeEdges')]
+    )
+    return cfg
+
+
+def test_own_classes(own):
+    settings.check(own)
+    own.train_dataloader.dataset.pipeline = 'fast'
+    options = {
+        'model.backbone.drop_rate_of_mine': 0.1,
+        'model.backbone.type': 'resnet101d',
+        'model.pretrained': 'weights.pth',
+        'model.act_cfg': 3,
+        'train_dataloader.dataset.metas.of_mine.too': 3,
+    }
+    settings.check(own, settings.merge(own, options))
+
+
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        ({'model.bakbone': 3}, 'OwnModel takes no bakbone; did you mean backbone'),
+        ({'model.data_preprocessor.type': 'FastClsDataPreprocessor' + 's'}, 'did you mean FastCls'),
+        ({'train_dataloader.dataset.pipelines': []}, 'did you mean pipeline'),
+    ],
+)
+def test_mistakes_beside_own_classes(own, option, words):
+    """What their signatures, or those of parents out of this stack, say still holds."""
+    with pytest.raises(FastViTError, match=words):
+        settings.check(own, settings.merge(own, option))
+
+
+def test_a_parameter_belongs_to_who_defines_it():
+    class Mine(OwnClassifier):
+        def __init__(self, neck, **kwargs):
+            super().__init__(**kwargs)
+
+    assert definer(Mine, 'data_preprocessor') == 'mmengine'
+    for name in ('neck', 'head', 'unknown'):
+        assert definer(Mine, name) == __name__
+    assert definer(AdamW, 'lr') == 'torch' and definer(keywords, 'target') == __name__

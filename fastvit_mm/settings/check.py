@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -18,13 +19,14 @@ from mmengine.runner import (
     TestLoop,
     ValLoop,
 )
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from fastvit_mm.errors import FastViTError
 
 from .names import READERS, Registered, known_scope, mentioned, nearest, spoken, suggestion
 from .options import Change, places, unread, wrong_kind
-from .signatures import Takes, accepted
+from .signatures import Takes, accepted, definer
 from .values import out_of_range, together, unlike_annotation
 
 STAGES = dict(
@@ -86,20 +88,30 @@ LOADER = {
     *inspect.signature(DataLoader.__init__).parameters,
     *('num_batch_per_epoch', 'disable_subprocess_warning'),
 }
-# Sections without a type: what their keys are.
+# Parts without a type: what their keys are.
 PLAIN = {
     DATA: LOADER,
     'randomness': {*inspect.signature(Runner.set_randomness).parameters},
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
     'auto_scale_lr': {'enable', 'base_batch_size'},
+    'compile': {*inspect.signature(torch.compile).parameters, 'target'},
+    r'optim_wrapper\.clip_grad': {
+        *inspect.signature(clip_grad_norm_).parameters,
+        *inspect.signature(clip_grad_value_).parameters,
+        'type',
+    },
 }
+# There, a key that nobody reads does no harm: only what is nearly one of these is a mistake.
+LENIENT = {'env_cfg', 'auto_scale_lr', 'compile'}
 # How code reads a top-level key; how it reads and removes one of a part; how it defines a name.
 READ_FROM_CFG = r"""\bcfg(?:\.|\[['"]|\.(?:get|pop)\(\s*['"]){}\b"""
 READ_FROM_PART = r"""['"]{}['"]|\.{}\b"""
 DEFINED = r"""(?:class|def)\s+{}\b|['"]{}['"]"""
 
-# Their keys are data: names of parameters, classes, hooks.
-FREE = {'custom_keys', 'metainfo', 'default_hooks'}
+# Their keys are data (names of parameters, classes, hooks), or go to code outside this stack.
+FREE = {'custom_keys', 'metainfo', 'default_hooks'} | {
+    *('compile', 'define_metric_cfg', 'dist_cfg', 'init_kwargs', 'mp_cfg', 'model_wrapper_cfg')
+}
 
 
 def check(cfg: Config, changes: Iterable[Change] = (), reads: set[str] = TRAIN) -> None:
@@ -167,6 +179,8 @@ class Check:
 
     def check_kind(self, change: Change) -> None:
         *above, key = change.path
+        if self.is_own('.'.join(change.path)):
+            return
         target = self.targets.get('.'.join(above))
         parameter = accepted(target).names.get(key) if target else None
         if parameter and isinstance(change.new, str) and 'str' in str(parameter.annotation):
@@ -181,6 +195,8 @@ class Check:
         if isinstance(node, list | tuple):
             for index, child in enumerate(node):
                 self.visit(child, f'{path}.{index}')
+            return
+        if self.is_own(path):
             return
         if not isinstance(node, dict):
             self.expect_dict(node, path)
@@ -203,7 +219,8 @@ class Check:
         root = root_of(path)
         for pattern, names in PLAIN.items():
             if re.fullmatch(pattern, path):
-                self.check_names(node, path, Takes(dict.fromkeys(names), False))
+                given = {k: v for k, v in node.items() if path not in LENIENT or close(k, names)}
+                self.check_names(given, path, Takes(dict.fromkeys(names), False))
         if 'type' not in node:
             target = default_type(node, path)
             if target is None and root is not None and must_have_type(node, path):
@@ -219,7 +236,8 @@ class Check:
             return
         self.check_names(node, path, takes, besides, name_of(target), nested=root is None)
         for key, value in node.items():
-            if what := unlike_annotation(takes.names.get(key), value):
+            what = unlike_annotation(takes.names.get(key), value)
+            if what and not self.is_own(f'{path}.{key}'):
                 raise FastViTError(f'{path}.{key}={value!r}: give {what}')
         if path == 'optim_wrapper':
             self.check_paramwise(node)
@@ -288,16 +306,28 @@ class Check:
             *above, key = change.path
             if not change.added or not above or FREE & set(above) or not key.isidentifier():
                 continue
-            if not self.is_mentioned(key):
+            place, path = '.'.join(above), '.'.join(change.path)
+            target = self.targets.get(place)
+            known = set(accepted(target).names) if target else set()
+            known |= {n for p, names in PLAIN.items() if re.fullmatch(p, place) for n in names}
+            if key not in known and not self.is_own(path) and not self.is_mentioned(key):
                 parent = self.tree
                 for name in above:
                     parent = parent[int(name) if isinstance(parent, list) else name]
-                target = self.targets.get('.'.join(above))
-                known = set(accepted(target).names) if target else set()
                 known |= set(parent) if isinstance(parent, dict) else set()
                 known -= ALWAYS | {key}
                 text = f': {suggestion(key, known)}' if known else ''
-                raise FastViTError(f'nothing reads {".".join(change.path)}{text}')
+                raise FastViTError(f'nothing reads {path}{text}')
+
+    def is_own(self, path: str) -> bool:
+        """Whether what is at ``path`` is given to a parameter that no class of this stack defines:
+        one of a project's own classes, which may do with it what they like, or of torch's."""
+        names = path.split('.')
+        around = (
+            (self.targets.get('.'.join(names[:depth])), names[depth])
+            for depth in range(1, len(names))
+        )
+        return any(t is not None and definer(t, key) not in READERS for t, key in around)
 
     def may_be_removed(self, key: str, path: str, is_close: bool) -> bool:
         """Whether what is around a dict may read and remove a key of it before building it."""
