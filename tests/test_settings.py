@@ -4,6 +4,7 @@ built or written; and none where there is no mistake."""
 import inspect
 import os
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from test_configs import CONFIGS as ALL_CONFIGS
 from test_tools import ROOT, load_tool, refusal
 from torch.optim import SGD, AdamW
@@ -436,6 +437,121 @@ def test_typos_in_a_file(loaded):
     cfg.optim_wraper = cfg.pop('optim_wrapper')
     with pytest.raises(FastViTError, match=r'without optim_wrapper \(instead, .* optim_wraper'):
         settings.check(cfg)
+
+
+VARIABLES = """
+work_dirs = 'out'
+work_dir = f'{work_dirs}/x'
+models = '/weights'
+load_from = models + '/t8.pth'
+param_schedulers = [dict(type='ConstantLR', factor=0.1, end=10)]
+param_scheduler = [*param_schedulers, dict(type='ConstantLR', begin=10, end=20)]
+"""
+
+
+def test_variables_that_resemble_a_key(tmp_path):
+    (file := tmp_path / 'mine.py').write_text(f"_base_ = '{ROOT / S}'\n{VARIABLES}")
+    settings.check(Config.fromfile(file))
+    (child := tmp_path / 'child.py').write_text("_base_ = 'mine.py'\n")
+    settings.check(Config.fromfile(child))
+    file.write_text(f"_base_ = '{ROOT / S}'\nwork_dirs = 'out'\n")
+    with pytest.raises(FastViTError, match='nothing reads work_dirs: did you mean work_dir'):
+        settings.check(Config.fromfile(file))
+
+
+def test_variables_of_an_imported_base(tmp_path):
+    (tmp_path / 'base.py').write_text(f"model = dict(type='GELU')\n{VARIABLES}")
+    (file := tmp_path / 'mine.py').write_text(
+        'from mmengine.config import read_base\n\nwith read_base():\n    from .base import *\n'
+    )
+    settings.check(Config.fromfile(file), reads=settings.PREDICT)
+
+
+def test_schedules_of_several_optimizers(loaded):
+    cfg = Config(loaded[S].to_dict())
+    one = dict(type='LinearLR', start_factor=0.1, end=10, convert_to_iter_based=True)
+    for several in (dict(generator=[one], discriminator=[one]), dict(generator=one)):
+        cfg.param_scheduler = several
+        settings.check(cfg)
+    for wrong in (dict(start_factor=0.1, end=10), [dict(begin=0, end=3)], dict()):
+        cfg.param_scheduler = wrong
+        with pytest.raises(FastViTError, match='has no type'):
+            settings.check(cfg)
+
+
+def test_what_the_command_line_gives_may_be_none(loaded):
+    cfg = Config(loaded[S].to_dict() | dict(work_dir=None, launcher=None))
+    settings.check(cfg)
+
+
+@pytest.fixture
+def project(monkeypatch, tmp_path):
+    """Write modules of a package ``shapes_project``, which is then forgotten."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (folder := tmp_path / 'shapes_project').mkdir()
+    names = Registered('mmengine').local  # all roots
+
+    def write(name, text):
+        (folder / f'{name}.py').write_text(text)
+
+    yield write
+    for name in [n for n in sys.modules if n.partition('.')[0] == 'shapes_project']:
+        del sys.modules[name]
+    for root in names:
+        root.children.pop('shapes_project', None)
+        root.module_dict.pop('ShapeNet', None)
+
+
+NETWORK = """
+from mmengine import registry
+from mmengine.model import BaseModule
+
+MODELS = {}
+
+@MODELS.register_module()
+class ShapeNet(BaseModule):
+    def __init__(self, width=3, **kwargs):
+        super().__init__(**kwargs)
+"""
+
+
+@pytest.mark.parametrize(
+    'models, module',
+    [
+        ("registry.Registry('model', parent=registry.MODELS, scope='shapes_project')", 'registry'),
+        ("registry.Registry('model', parent=registry.MODELS, scope='shapes_project')", 'parts'),
+        ('registry.MODELS', 'parts'),
+    ],
+    ids=['in registry.py', 'elsewhere', 'in that of mmengine'],
+)
+def test_scopes_of_other_projects(loaded, project, models, module, tmp_path):
+    project(module, NETWORK.format(models))
+    (file := tmp_path / 'config.py').write_text(f"""
+default_scope = 'shapes_project'
+custom_imports = dict(imports=['shapes_project.{module}'])
+model = dict(type='ShapeNet', width=4)
+""")
+    cfg = Config.fromfile(file)
+    settings.check(cfg, reads=settings.PREDICT)
+    with DefaultScope.overwrite_default_scope('shapes_project'):
+        assert type(MODELS.build(cfg.model)).__name__ == 'ShapeNet'
+    for wrong, words in (
+        (dict(type='ShapeNt'), "'ShapeNt' is not known in shapes_project: did you mean ShapeNet"),
+        (dict(type='ShapeNet', widht=3), 'ShapeNet takes no widht; did you mean width'),
+    ):
+        cfg.model = wrong
+        with pytest.raises(FastViTError, match=words):
+            settings.check(cfg, reads=settings.PREDICT)
+
+
+def test_a_scope_without_registries(loaded):
+    """Parts of a model of mmseg are then looked up in mmseg's."""
+    cfg = Config(loaded[S].to_dict() | dict(default_scope='shapes_project'))
+    cfg.model.type = 'mmseg.EncoderDecoder'
+    settings.check(Config(dict(model=cfg.model, default_scope=cfg.default_scope)), reads={'model'})
+    cfg.model.data_preprocessor.type = 'mmseg.SegDataPreProcessor'
+    with DefaultScope.overwrite_default_scope('shapes_project'):
+        MODELS.build(cfg.model)
 
 
 def test_what_is_not_read_may_be_wrong(loaded):

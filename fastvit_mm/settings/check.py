@@ -131,7 +131,7 @@ def check(cfg: Config, changes: Iterable[Change] = (), reads: set[str] = TRAIN) 
 
 class Check:
     def __init__(self, cfg: Config, reads: set[str]):
-        self.tree, self.reads = cfg._cfg_dict, reads
+        self.tree, self.text, self.reads = cfg._cfg_dict, cfg.text, reads
         self.sections = [k for k in self.tree if k in reads]
         self.targets: dict[str, Callable] = {}  # what the type at a path names
 
@@ -173,9 +173,15 @@ class Check:
         suspects = {k for k in self.tree if k not in READ and (k in given or close(k, READ))}
         read = {k: v for k, v in self.tree.items() if k in READ}
         for key in sorted(suspects):
-            used = key not in given and any(places(read, self.tree[key]))
-            if not used and not mentioned(key, READ_FROM_CFG, self.packages()):
+            used = self.is_used(key) or any(places(read, self.tree[key]))
+            if (key in given or not used) and not mentioned(key, READ_FROM_CFG, self.packages()):
                 raise FastViTError(unread(key, self.tree, given.get(key), READ))
+
+    def is_used(self, key: str) -> bool:
+        """Whether the config's files name a variable more than once. Of the bases that a file
+        imports (``read_base``) the text is not known."""
+        times = len(re.findall(rf'\b{re.escape(key)}\b', self.text))
+        return times > 1 or (times == 0 and 'read_base' in self.text)
 
     def check_kind(self, change: Change) -> None:
         *above, key = change.path
@@ -294,7 +300,7 @@ class Check:
         if root is None and (not nearest(kind, known, cutoff) or self.is_defined(kind)):
             return None
         where = self.registered.scope
-        if 'default_scope' not in self.tree:
+        if not self.tree.get('default_scope'):
             where += ', and the config sets no default_scope'
         raise FastViTError(
             f'{path}.{key}={kind!r} is not known in {where}: {suggestion(kind, known)}'
@@ -379,6 +385,8 @@ def default_type(node: dict, path: str) -> Callable | None:
 def must_have_type(node: dict, path: str) -> bool:
     if path in ('optim_wrapper', 'visualizer'):
         return False
+    if path == 'param_scheduler':  # those of several optimizers, each under its name
+        return not any(isinstance(value, dict | list) for value in node.values())
     return 'metrics' not in node and not path.startswith('model.')
 
 

@@ -76,8 +76,8 @@ RULES = {
     r'randomness\.seed': optional(whole(0)),
     r'randomness\.(deterministic|diff_rank_seed)': flag(),
     r'env_cfg\.cudnn_benchmark': flag(),
-    r'(load_from|experiment_name)': optional(text()),
-    r'(work_dir|launcher|default_scope)': text(),
+    r'(load_from|experiment_name|work_dir|launcher)': optional(text()),
+    r'default_scope': text(),
     r'resume': flag(),
     r'log_level': (
         lambda value: isinstance(value, int) or str(value).upper() in LEVELS,
