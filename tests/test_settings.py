@@ -544,6 +544,28 @@ model = dict(type='ShapeNet', width=4)
             settings.check(cfg, reads=settings.PREDICT)
 
 
+def test_imports_given_as_options(project, tmp_path):
+    project('parts', NETWORK.format('registry.MODELS'))
+    project('broken', 'import no_such_module_of_mine')
+    (file := tmp_path / 'config.py').write_text("model = dict(type='ShapeNet', width=4)\n")
+
+    def load(imports):
+        cfg = Config.fromfile(file)
+        settings.check(cfg, settings.merge(cfg, {'custom_imports.imports': imports}), {'model'})
+        return MODELS.build(cfg.model)
+
+    for wrong, words in (
+        ('shapes_project.broken', "'shapes_project.broken': .*no_such_module_of_mine"),
+        (['shapes_project.nothing'], 'shapes_project.nothing'),
+        ([3], r'custom_imports.imports=\[3\]'),
+    ):
+        with pytest.raises(FastViTError, match=words):
+            load(wrong)
+    with pytest.raises(FastViTError, match=r'custom_imports=mine: give .*imports=\[mine\]'):
+        settings.merge(Config.fromfile(file), dict(custom_imports='mine'))
+    assert type(load(['shapes_project.parts'])).__name__ == 'ShapeNet'
+
+
 def test_a_scope_without_registries(loaded):
     """Parts of a model of mmseg are then looked up in mmseg's."""
     cfg = Config(loaded[S].to_dict() | dict(default_scope='shapes_project'))
