@@ -566,6 +566,17 @@ def test_imports_given_as_options(project, tmp_path):
     assert type(load(['shapes_project.parts'])).__name__ == 'ShapeNet'
 
 
+def test_options_may_mend_a_file(project, tmp_path):
+    project('parts', NETWORK.format('registry.MODELS'))
+    (file := tmp_path / 'config.py').write_text("model = dict(type='ShapeNet', widht=4)\n")
+    options = ['custom_imports.imports=[shapes_project.parts]', 'model._delete_=True']
+    parse = launch.config_parser('').parse_args
+    args = parse([str(file), '--cfg-options', *options, 'model.type=ShapeNet', 'model.width=3'])
+    assert launch.load_config(args).model == dict(type='ShapeNet', width=3)
+    with pytest.raises(FastViTError, match='ShapeNet takes no widht; did you mean width'):
+        launch.load_config(parse([str(file), '--cfg-options', options[0]]))
+
+
 def test_a_scope_without_registries(loaded):
     """Parts of a model of mmseg are then looked up in mmseg's."""
     cfg = Config(loaded[S].to_dict() | dict(default_scope='shapes_project'))
