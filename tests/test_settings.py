@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import LoggerHook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, HOOKS, MODELS, OPTIMIZERS, DefaultScope
 from test_configs import CONFIGS as ALL_CONFIGS
 from test_tools import ROOT, load_tool, refusal
 from torch.optim import SGD, AdamW
@@ -263,6 +264,12 @@ TAKEN = {
 def test_what_torch_takes_may_be_an_option(loaded, name):
     cfg = Config(loaded[S].to_dict())
     settings.check(cfg, settings.merge(cfg, TAKEN[name]))
+
+
+def test_adafactor_has_two_eps(loaded):
+    cfg = Config(loaded[S].to_dict())
+    cfg.optim_wrapper.optimizer = dict(type=AdamW, eps=(None, 1e-3))
+    settings.check(cfg)
 
 
 def test_sections_of_which_only_some_keys_are_read(loaded):
@@ -623,6 +630,18 @@ class OwnClassifier(BaseModel):
         super().__init__(**kwargs)
 
 
+@OPTIMIZERS.register_module()
+class OwnAdam(AdamW):
+    def __init__(self, params, lr=None, **kwargs):
+        super().__init__(params, lr or 1e-3, **kwargs)
+
+
+@HOOKS.register_module()
+class OwnLoggerHook(LoggerHook):
+    def __init__(self, interval='epoch', **kwargs):
+        super().__init__(**kwargs)
+
+
 @DATASETS.register_module()
 class OwnDataset:
     def __init__(self, data_root, pipeline, metas=None):
@@ -643,6 +662,8 @@ def own(loaded):
     cfg.train_dataloader.dataset = dict(
         type='OwnDataset', data_root='/data', pipeline=['resize', dict(type='ResizeEdges')]
     )
+    cfg.optim_wrapper.optimizer = dict(type='OwnAdam', lr=None, eps=1e-8)
+    cfg.default_hooks.logger = dict(type='OwnLoggerHook', interval='epoch')
     return cfg
 
 
@@ -665,6 +686,8 @@ def test_own_classes(own):
         ({'model.bakbone': 3}, 'OwnModel takes no bakbone; did you mean backbone'),
         ({'model.data_preprocessor.type': 'FastClsDataPreprocessor' + 's'}, 'did you mean FastCls'),
         ({'train_dataloader.dataset.pipelines': []}, 'did you mean pipeline'),
+        ({'optim_wrapper.optimizer.weight_decay': -1}, 'weight_decay=-1: give a number from 0 up'),
+        ({'optim_wrapper.optimizer.eps': -1}, 'eps=-1: give a number from 0 up'),
     ],
 )
 def test_mistakes_beside_own_classes(own, option, words):

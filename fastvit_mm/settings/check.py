@@ -83,6 +83,7 @@ BESIDES = {
     roots.WEIGHT_INITIALIZERS: {'override'},
     roots.MODELS: {'requires_grad'},
 }
+STACK = READERS | {'torch'}
 ALWAYS = {'type', '_scope_', '_delete_'}
 LOADER = {
     *inspect.signature(DataLoader.__init__).parameters,
@@ -196,13 +197,13 @@ class Check:
 
     def visit(self, node: Any, path: str) -> None:
         """Check a part of the tree."""
+        if self.is_own(path):
+            return
         if what := out_of_range(path, node):
             raise FastViTError(f'{path}={node!r}: give {what}')
         if isinstance(node, list | tuple):
             for index, child in enumerate(node):
                 self.visit(child, f'{path}.{index}')
-            return
-        if self.is_own(path):
             return
         if not isinstance(node, dict):
             self.expect_dict(node, path)
@@ -326,14 +327,14 @@ class Check:
                 raise FastViTError(f'nothing reads {path}{text}')
 
     def is_own(self, path: str) -> bool:
-        """Whether what is at ``path`` is given to a parameter that no class of this stack defines:
-        one of a project's own classes, which may do with it what they like, or of torch's."""
+        """Whether what is at ``path`` is given to a parameter that a class from outside this stack
+        defines: one of a project's own, which may do with it what it likes."""
         names = path.split('.')
         around = (
             (self.targets.get('.'.join(names[:depth])), names[depth])
             for depth in range(1, len(names))
         )
-        return any(t is not None and definer(t, key) not in READERS for t, key in around)
+        return any(t is not None and definer(t, key) not in STACK for t, key in around)
 
     def may_be_removed(self, key: str, path: str, is_close: bool) -> bool:
         """Whether what is around a dict may read and remove a key of it before building it."""
