@@ -80,12 +80,11 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
     elif cfg.get('default_scope') == 'mmdet':
         from .data import coco  # noqa: F401
-    reads = settings.TRAIN if training else settings.PREDICT
-    settings.check(cfg, reads=settings.TRAIN if args.demo else reads)
     if args.demo:
+        settings.check(cfg)
         apply_demo(cfg)
-    if args.cfg_options:
-        settings.check(cfg, settings.merge(cfg, args.cfg_options), reads)
+    changes = settings.merge(cfg, args.cfg_options or {})
+    settings.check(cfg, changes, settings.TRAIN if training else settings.PREDICT)
     settings.check_widths(cfg.model)
     processes.check(cfg, args.launcher)
     cfg.launcher = args.launcher

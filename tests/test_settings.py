@@ -1,21 +1,29 @@
 """Mistakes in configs and in --cfg-options: one line that says what was meant, before anything is
 built or written; and none where there is no mistake."""
 
+import inspect
 import os
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.hooks import LoggerHook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, MODELS, OPTIMIZERS, DefaultScope
 from test_configs import CONFIGS as ALL_CONFIGS
 from test_tools import ROOT, load_tool, refusal
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader
 
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, settings
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.settings.names import Registered
-from fastvit_mm.settings.signatures import accepted
+from fastvit_mm.settings.signatures import accepted, definer
 
 C = 'configs/classification/fastvit_t8_in1k.py'
 D = 'configs/detection/mask_rcnn_fastvit_t8_coco.py'
@@ -218,6 +226,63 @@ def test_what_is_right(loaded, task):
             settings.check(cfg, settings.merge(cfg, args.cfg_options))
 
 
+def keywords(target):
+    return set(inspect.signature(target).parameters) - {'params', 'dataset', 'lr', 'num_workers'}
+
+
+def options_for(place, names, **others):
+    pairs = dict.fromkeys(names) | {n.replace('__', '.'): v for n, v in others.items()}
+    return {f'{place}.{name}': value for name, value in pairs.items()}
+
+
+DELETED = {'_delete_': True}
+TAKEN = {
+    'AdamW': options_for('optim_wrapper.optimizer', keywords(AdamW) - {'weight_decay', 'eps'}),
+    'SGD': options_for(
+        *('optim_wrapper.optimizer', keywords(SGD) - {'weight_decay', 'momentum'}),
+        **(DELETED | dict(type='SGD', lr=0.1)),
+    ),
+    'DataLoader': options_for('train_dataloader', keywords(DataLoader) - {'sampler'}),
+    'clip_grad': options_for('optim_wrapper.clip_grad', ['foreach', 'error_if_nonfinite']),
+    'compile': options_for(
+        'compile', keywords(torch.compile) - {'model', 'options'}, options__max_autotune=True
+    ),
+    'dist_cfg': options_for('env_cfg.dist_cfg', ['init_method', 'device_id']),
+    'vis_backends': options_for(
+        *('visualizer.vis_backends.0.init_kwargs', ['reinit', 'anonymous']),
+    )
+    | {'visualizer.vis_backends.0.type': 'WandbVisBackend'},
+    'model_wrapper_cfg': options_for(
+        *('model_wrapper_cfg', ['static_graph', 'bucket_cap_mb', 'mixed_precision']),
+        type='MMDistributedDataParallel',
+    ),
+    'an activation': options_for('model.backbone.act_cfg', [], type='GELU', approximate='tanh'),
+}
+
+
+@pytest.mark.parametrize('name', TAKEN)
+def test_what_torch_takes_may_be_an_option(loaded, name):
+    cfg = Config(loaded[S].to_dict())
+    settings.check(cfg, settings.merge(cfg, TAKEN[name]))
+
+
+def test_adafactor_has_two_eps(loaded):
+    cfg = Config(loaded[S].to_dict())
+    cfg.optim_wrapper.optimizer = dict(type=AdamW, eps=(None, 1e-3))
+    settings.check(cfg)
+
+
+def test_sections_of_which_only_some_keys_are_read(loaded):
+    """mmengine picks what it knows from them."""
+    cfg = Config(loaded[S].to_dict())
+    cfg.env_cfg.update(cudnn_deterministic=False, opencv_num_threads=0)
+    cfg.auto_scale_lr = dict(base_batch_size=32, note='8 x 4')
+    settings.check(cfg)
+    cfg.env_cfg.cudnn_benchmrk = True
+    with pytest.raises(FastViTError, match='did you mean cudnn_benchmark'):
+        settings.check(cfg)
+
+
 @pytest.mark.parametrize('path', ALL_CONFIGS)
 def test_our_configs(path):
     cfg = Config.fromfile(ROOT / path)
@@ -381,6 +446,154 @@ def test_typos_in_a_file(loaded):
         settings.check(cfg)
 
 
+VARIABLES = """
+work_dirs = 'out'
+work_dir = f'{work_dirs}/x'
+models = '/weights'
+load_from = models + '/t8.pth'
+param_schedulers = [dict(type='ConstantLR', factor=0.1, end=10)]
+param_scheduler = [*param_schedulers, dict(type='ConstantLR', begin=10, end=20)]
+"""
+
+
+def test_variables_that_resemble_a_key(tmp_path):
+    (file := tmp_path / 'mine.py').write_text(f"_base_ = '{ROOT / S}'\n{VARIABLES}")
+    settings.check(Config.fromfile(file))
+    (child := tmp_path / 'child.py').write_text("_base_ = 'mine.py'\n")
+    settings.check(Config.fromfile(child))
+    file.write_text(f"_base_ = '{ROOT / S}'\nwork_dirs = 'out'\n")
+    with pytest.raises(FastViTError, match='nothing reads work_dirs: did you mean work_dir'):
+        settings.check(Config.fromfile(file))
+
+
+def test_variables_of_an_imported_base(tmp_path):
+    (tmp_path / 'base.py').write_text(f"model = dict(type='GELU')\n{VARIABLES}")
+    (file := tmp_path / 'mine.py').write_text(
+        'from mmengine.config import read_base\n\nwith read_base():\n    from .base import *\n'
+    )
+    settings.check(Config.fromfile(file), reads=settings.PREDICT)
+
+
+def test_schedules_of_several_optimizers(loaded):
+    cfg = Config(loaded[S].to_dict())
+    one = dict(type='LinearLR', start_factor=0.1, end=10, convert_to_iter_based=True)
+    for several in (dict(generator=[one], discriminator=[one]), dict(generator=one)):
+        cfg.param_scheduler = several
+        settings.check(cfg)
+    for wrong in (dict(start_factor=0.1, end=10), [dict(begin=0, end=3)], dict()):
+        cfg.param_scheduler = wrong
+        with pytest.raises(FastViTError, match='has no type'):
+            settings.check(cfg)
+
+
+def test_what_the_command_line_gives_may_be_none(loaded):
+    cfg = Config(loaded[S].to_dict() | dict(work_dir=None, launcher=None))
+    settings.check(cfg)
+
+
+@pytest.fixture
+def project(monkeypatch, tmp_path):
+    """Write modules of a package ``shapes_project``, which is then forgotten."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (folder := tmp_path / 'shapes_project').mkdir()
+    names = Registered('mmengine').local  # all roots
+
+    def write(name, text):
+        (folder / f'{name}.py').write_text(text)
+
+    yield write
+    for name in [n for n in sys.modules if n.partition('.')[0] == 'shapes_project']:
+        del sys.modules[name]
+    for root in names:
+        root.children.pop('shapes_project', None)
+        root.module_dict.pop('ShapeNet', None)
+
+
+NETWORK = """
+from mmengine import registry
+from mmengine.model import BaseModule
+
+MODELS = {}
+
+@MODELS.register_module()
+class ShapeNet(BaseModule):
+    def __init__(self, width=3, **kwargs):
+        super().__init__(**kwargs)
+"""
+
+
+@pytest.mark.parametrize(
+    'models, module',
+    [
+        ("registry.Registry('model', parent=registry.MODELS, scope='shapes_project')", 'registry'),
+        ("registry.Registry('model', parent=registry.MODELS, scope='shapes_project')", 'parts'),
+        ('registry.MODELS', 'parts'),
+    ],
+    ids=['in registry.py', 'elsewhere', 'in that of mmengine'],
+)
+def test_scopes_of_other_projects(loaded, project, models, module, tmp_path):
+    project(module, NETWORK.format(models))
+    (file := tmp_path / 'config.py').write_text(f"""
+default_scope = 'shapes_project'
+custom_imports = dict(imports=['shapes_project.{module}'])
+model = dict(type='ShapeNet', width=4)
+""")
+    cfg = Config.fromfile(file)
+    settings.check(cfg, reads=settings.PREDICT)
+    with DefaultScope.overwrite_default_scope('shapes_project'):
+        assert type(MODELS.build(cfg.model)).__name__ == 'ShapeNet'
+    for wrong, words in (
+        (dict(type='ShapeNt'), "'ShapeNt' is not known in shapes_project: did you mean ShapeNet"),
+        (dict(type='ShapeNet', widht=3), 'ShapeNet takes no widht; did you mean width'),
+    ):
+        cfg.model = wrong
+        with pytest.raises(FastViTError, match=words):
+            settings.check(cfg, reads=settings.PREDICT)
+
+
+def test_imports_given_as_options(project, tmp_path):
+    project('parts', NETWORK.format('registry.MODELS'))
+    project('broken', 'import no_such_module_of_mine')
+    (file := tmp_path / 'config.py').write_text("model = dict(type='ShapeNet', width=4)\n")
+
+    def load(imports):
+        cfg = Config.fromfile(file)
+        settings.check(cfg, settings.merge(cfg, {'custom_imports.imports': imports}), {'model'})
+        return MODELS.build(cfg.model)
+
+    for wrong, words in (
+        ('shapes_project.broken', "'shapes_project.broken': .*no_such_module_of_mine"),
+        (['shapes_project.nothing'], 'shapes_project.nothing'),
+        ([3], r'custom_imports.imports=\[3\]'),
+    ):
+        with pytest.raises(FastViTError, match=words):
+            load(wrong)
+    with pytest.raises(FastViTError, match=r'custom_imports=mine: give .*imports=\[mine\]'):
+        settings.merge(Config.fromfile(file), dict(custom_imports='mine'))
+    assert type(load(['shapes_project.parts'])).__name__ == 'ShapeNet'
+
+
+def test_options_may_mend_a_file(project, tmp_path):
+    project('parts', NETWORK.format('registry.MODELS'))
+    (file := tmp_path / 'config.py').write_text("model = dict(type='ShapeNet', widht=4)\n")
+    options = ['custom_imports.imports=[shapes_project.parts]', 'model._delete_=True']
+    parse = launch.config_parser('').parse_args
+    args = parse([str(file), '--cfg-options', *options, 'model.type=ShapeNet', 'model.width=3'])
+    assert launch.load_config(args).model == dict(type='ShapeNet', width=3)
+    with pytest.raises(FastViTError, match='ShapeNet takes no widht; did you mean width'):
+        launch.load_config(parse([str(file), '--cfg-options', options[0]]))
+
+
+def test_a_scope_without_registries(loaded):
+    """Parts of a model of mmseg are then looked up in mmseg's."""
+    cfg = Config(loaded[S].to_dict() | dict(default_scope='shapes_project'))
+    cfg.model.type = 'mmseg.EncoderDecoder'
+    settings.check(Config(dict(model=cfg.model, default_scope=cfg.default_scope)), reads={'model'})
+    cfg.model.data_preprocessor.type = 'mmseg.SegDataPreProcessor'
+    with DefaultScope.overwrite_default_scope('shapes_project'):
+        MODELS.build(cfg.model)
+
+
 def test_what_is_not_read_may_be_wrong(loaded):
     """A model that predicts needs no training set, evaluator or hook that anyone knows."""
     cfg = Config(loaded[C].to_dict())
@@ -398,3 +611,97 @@ def test_an_image_that_is_not_there(task, tmp_path):
     for images in (str(tmp_path / 'no.jpg'), [tmp_path / 'no.jpg']):
         with pytest.raises(FastViTError, match=r'image .*no\.jpg does not exist'):
             fastvit_mm.inference(model, images)
+
+
+# ----------------------------------------------------------------------- a project's own classes
+
+
+@MODELS.register_module()
+class OwnModel(BaseModel):
+    """Does with its settings what it likes."""
+
+    def __init__(self, backbone, pretrained=False, act_cfg='relu', loss: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+
+
+@MODELS.register_module()
+class OwnClassifier(BaseModel):
+    def __init__(self, head, **kwargs):
+        super().__init__(**kwargs)
+
+
+@OPTIMIZERS.register_module()
+class OwnAdam(AdamW):
+    def __init__(self, params, lr=None, **kwargs):
+        super().__init__(params, lr or 1e-3, **kwargs)
+
+
+@HOOKS.register_module()
+class OwnLoggerHook(LoggerHook):
+    def __init__(self, interval='epoch', **kwargs):
+        super().__init__(**kwargs)
+
+
+@DATASETS.register_module()
+class OwnDataset:
+    def __init__(self, data_root, pipeline, metas=None):
+        pass
+
+
+@pytest.fixture
+def own(loaded):
+    """A config with classes of its own."""
+    cfg = Config(loaded[C].to_dict())
+    cfg.model = dict(
+        type='OwnModel',
+        backbone=dict(type='resnet50', depth='deep', norm_cfg='bn', act_cfg=dict(fn='silu')),
+        act_cfg='relu',
+        loss='focal',
+        data_preprocessor=cfg.pop('data_preprocessor'),
+    )
+    cfg.train_dataloader.dataset = dict(
+        type='OwnDataset', data_root='/data', pipeline=['resize', dict(type='ResizeEdges')]
+    )
+    cfg.optim_wrapper.optimizer = dict(type='OwnAdam', lr=None, eps=1e-8)
+    cfg.default_hooks.logger = dict(type='OwnLoggerHook', interval='epoch')
+    return cfg
+
+
+def test_own_classes(own):
+    settings.check(own)
+    own.train_dataloader.dataset.pipeline = 'fast'
+    options = {
+        'model.backbone.drop_rate_of_mine': 0.1,
+        'model.backbone.type': 'resnet101d',
+        'model.pretrained': 'weights.pth',
+        'model.act_cfg': 3,
+        'train_dataloader.dataset.metas.of_mine.too': 3,
+    }
+    settings.check(own, settings.merge(own, options))
+
+
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        ({'model.bakbone': 3}, 'OwnModel takes no bakbone; did you mean backbone'),
+        ({'model.data_preprocessor.type': 'FastClsDataPreprocessor' + 's'}, 'did you mean FastCls'),
+        ({'train_dataloader.dataset.pipelines': []}, 'did you mean pipeline'),
+        ({'optim_wrapper.optimizer.weight_decay': -1}, 'weight_decay=-1: give a number from 0 up'),
+        ({'optim_wrapper.optimizer.eps': -1}, 'eps=-1: give a number from 0 up'),
+    ],
+)
+def test_mistakes_beside_own_classes(own, option, words):
+    """What their signatures, or those of parents out of this stack, say still holds."""
+    with pytest.raises(FastViTError, match=words):
+        settings.check(own, settings.merge(own, option))
+
+
+def test_a_parameter_belongs_to_who_defines_it():
+    class Mine(OwnClassifier):
+        def __init__(self, neck, **kwargs):
+            super().__init__(**kwargs)
+
+    assert definer(Mine, 'data_preprocessor') == 'mmengine'
+    for name in ('neck', 'head', 'unknown'):
+        assert definer(Mine, name) == __name__
+    assert definer(AdamW, 'lr') == 'torch' and definer(keywords, 'target') == __name__

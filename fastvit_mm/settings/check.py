@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -18,13 +19,14 @@ from mmengine.runner import (
     TestLoop,
     ValLoop,
 )
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from fastvit_mm.errors import FastViTError
 
 from .names import READERS, Registered, known_scope, mentioned, nearest, spoken, suggestion
 from .options import Change, places, unread, wrong_kind
-from .signatures import Takes, accepted
+from .signatures import Takes, accepted, definer
 from .values import out_of_range, together, unlike_annotation
 
 STAGES = dict(
@@ -81,25 +83,36 @@ BESIDES = {
     roots.WEIGHT_INITIALIZERS: {'override'},
     roots.MODELS: {'requires_grad'},
 }
+STACK = READERS | {'torch'}
 ALWAYS = {'type', '_scope_', '_delete_'}
 LOADER = {
     *inspect.signature(DataLoader.__init__).parameters,
     *('num_batch_per_epoch', 'disable_subprocess_warning'),
 }
-# Sections without a type: what their keys are.
+# Parts without a type: what their keys are.
 PLAIN = {
     DATA: LOADER,
     'randomness': {*inspect.signature(Runner.set_randomness).parameters},
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
     'auto_scale_lr': {'enable', 'base_batch_size'},
+    'compile': {*inspect.signature(torch.compile).parameters, 'target'},
+    r'optim_wrapper\.clip_grad': {
+        *inspect.signature(clip_grad_norm_).parameters,
+        *inspect.signature(clip_grad_value_).parameters,
+        'type',
+    },
 }
+# There, a key that nobody reads does no harm: only what is nearly one of these is a mistake.
+LENIENT = {'env_cfg', 'auto_scale_lr', 'compile'}
 # How code reads a top-level key; how it reads and removes one of a part; how it defines a name.
 READ_FROM_CFG = r"""\bcfg(?:\.|\[['"]|\.(?:get|pop)\(\s*['"]){}\b"""
 READ_FROM_PART = r"""['"]{}['"]|\.{}\b"""
 DEFINED = r"""(?:class|def)\s+{}\b|['"]{}['"]"""
 
-# Their keys are data: names of parameters, classes, hooks.
-FREE = {'custom_keys', 'metainfo', 'default_hooks'}
+# Their keys are data (names of parameters, classes, hooks), or go to code outside this stack.
+FREE = {'custom_keys', 'metainfo', 'default_hooks'} | {
+    *('compile', 'define_metric_cfg', 'dist_cfg', 'init_kwargs', 'mp_cfg', 'model_wrapper_cfg')
+}
 
 
 def check(cfg: Config, changes: Iterable[Change] = (), reads: set[str] = TRAIN) -> None:
@@ -119,7 +132,7 @@ def check(cfg: Config, changes: Iterable[Change] = (), reads: set[str] = TRAIN) 
 
 class Check:
     def __init__(self, cfg: Config, reads: set[str]):
-        self.tree, self.reads = cfg._cfg_dict, reads
+        self.tree, self.text, self.reads = cfg._cfg_dict, cfg.text, reads
         self.sections = [k for k in self.tree if k in reads]
         self.targets: dict[str, Callable] = {}  # what the type at a path names
 
@@ -161,12 +174,20 @@ class Check:
         suspects = {k for k in self.tree if k not in READ and (k in given or close(k, READ))}
         read = {k: v for k, v in self.tree.items() if k in READ}
         for key in sorted(suspects):
-            used = key not in given and any(places(read, self.tree[key]))
-            if not used and not mentioned(key, READ_FROM_CFG, self.packages()):
+            used = self.is_used(key) or any(places(read, self.tree[key]))
+            if (key in given or not used) and not mentioned(key, READ_FROM_CFG, self.packages()):
                 raise FastViTError(unread(key, self.tree, given.get(key), READ))
+
+    def is_used(self, key: str) -> bool:
+        """Whether the config's files name a variable more than once. Of the bases that a file
+        imports (``read_base``) the text is not known."""
+        times = len(re.findall(rf'\b{re.escape(key)}\b', self.text))
+        return times > 1 or (times == 0 and 'read_base' in self.text)
 
     def check_kind(self, change: Change) -> None:
         *above, key = change.path
+        if self.is_own('.'.join(change.path)):
+            return
         target = self.targets.get('.'.join(above))
         parameter = accepted(target).names.get(key) if target else None
         if parameter and isinstance(change.new, str) and 'str' in str(parameter.annotation):
@@ -176,6 +197,8 @@ class Check:
 
     def visit(self, node: Any, path: str) -> None:
         """Check a part of the tree."""
+        if self.is_own(path):
+            return
         if what := out_of_range(path, node):
             raise FastViTError(f'{path}={node!r}: give {what}')
         if isinstance(node, list | tuple):
@@ -203,7 +226,8 @@ class Check:
         root = root_of(path)
         for pattern, names in PLAIN.items():
             if re.fullmatch(pattern, path):
-                self.check_names(node, path, Takes(dict.fromkeys(names), False))
+                given = {k: v for k, v in node.items() if path not in LENIENT or close(k, names)}
+                self.check_names(given, path, Takes(dict.fromkeys(names), False))
         if 'type' not in node:
             target = default_type(node, path)
             if target is None and root is not None and must_have_type(node, path):
@@ -219,7 +243,8 @@ class Check:
             return
         self.check_names(node, path, takes, besides, name_of(target), nested=root is None)
         for key, value in node.items():
-            if what := unlike_annotation(takes.names.get(key), value):
+            what = unlike_annotation(takes.names.get(key), value)
+            if what and not self.is_own(f'{path}.{key}'):
                 raise FastViTError(f'{path}.{key}={value!r}: give {what}')
         if path == 'optim_wrapper':
             self.check_paramwise(node)
@@ -276,7 +301,7 @@ class Check:
         if root is None and (not nearest(kind, known, cutoff) or self.is_defined(kind)):
             return None
         where = self.registered.scope
-        if 'default_scope' not in self.tree:
+        if not self.tree.get('default_scope'):
             where += ', and the config sets no default_scope'
         raise FastViTError(
             f'{path}.{key}={kind!r} is not known in {where}: {suggestion(kind, known)}'
@@ -288,16 +313,28 @@ class Check:
             *above, key = change.path
             if not change.added or not above or FREE & set(above) or not key.isidentifier():
                 continue
-            if not self.is_mentioned(key):
+            place, path = '.'.join(above), '.'.join(change.path)
+            target = self.targets.get(place)
+            known = set(accepted(target).names) if target else set()
+            known |= {n for p, names in PLAIN.items() if re.fullmatch(p, place) for n in names}
+            if key not in known and not self.is_own(path) and not self.is_mentioned(key):
                 parent = self.tree
                 for name in above:
                     parent = parent[int(name) if isinstance(parent, list) else name]
-                target = self.targets.get('.'.join(above))
-                known = set(accepted(target).names) if target else set()
                 known |= set(parent) if isinstance(parent, dict) else set()
                 known -= ALWAYS | {key}
                 text = f': {suggestion(key, known)}' if known else ''
-                raise FastViTError(f'nothing reads {".".join(change.path)}{text}')
+                raise FastViTError(f'nothing reads {path}{text}')
+
+    def is_own(self, path: str) -> bool:
+        """Whether what is at ``path`` is given to a parameter that a class from outside this stack
+        defines: one of a project's own, which may do with it what it likes."""
+        names = path.split('.')
+        around = (
+            (self.targets.get('.'.join(names[:depth])), names[depth])
+            for depth in range(1, len(names))
+        )
+        return any(t is not None and definer(t, key) not in STACK for t, key in around)
 
     def may_be_removed(self, key: str, path: str, is_close: bool) -> bool:
         """Whether what is around a dict may read and remove a key of it before building it."""
@@ -349,6 +386,8 @@ def default_type(node: dict, path: str) -> Callable | None:
 def must_have_type(node: dict, path: str) -> bool:
     if path in ('optim_wrapper', 'visualizer'):
         return False
+    if path == 'param_scheduler':  # those of several optimizers, each under its name
+        return not any(isinstance(value, dict | list) for value in node.values())
     return 'metrics' not in node and not path.startswith('model.')
 
 

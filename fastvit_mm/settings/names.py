@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import mmengine.registry
 from mmengine.registry import Registry
@@ -41,14 +42,17 @@ class Registered:
 
     def __init__(self, scope: str):
         self.scope = scope
+        own = vars(registries) if (registries := imported(scope)) else {}
+        self.others = [r for r in own.values() if isinstance(r, Registry) and r.parent is None]
         found = {root: root._search_child(scope) for root in ROOTS}
         # An empty registry, whose modules have not been imported yet, is false.
         self.local = {root: root if own is None else own for root, own in found.items()}
-        own = vars(importlib.import_module(f'{scope}.registry')).values()
-        self.others = [r for r in own if isinstance(r, Registry) and r.parent is None]
+        if set(found.values()) == {None}:  # mmengine then builds with the registry at hand
+            self.others += [child for root in ROOTS for child in root.children.values()]
 
     def get(self, root: Registry, name: str) -> Callable | None:
-        return lookup(self.local[root], name)
+        registries = [self.local[root], *(r for r in self.others if r.parent is root)]
+        return next((f for r in registries if (f := lookup(r, name))), None)
 
     def get_anywhere(self, name: str, first: Iterable[Registry]) -> Callable | None:
         registries = [self.local[root] for root in (*first, *ROOTS)] + self.others
@@ -80,20 +84,29 @@ def lookup(registry: Registry, name: str) -> Callable | None:
     return None if registry is None else registry.module_dict[name]
 
 
-def known_scope(scope: object) -> str:
-    """``scope``, after checking that it is a package with registries.
+def imported(scope: object) -> ModuleType | None:
+    """The module in which mmengine looks for the registries of a scope."""
+    try:
+        return importlib.import_module(f'{scope}.registry')
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return None
+
+
+def known_scope(scope: object) -> object:
+    """``scope``, after checking that it is not nearly, but not quite, that of a package.
+
+    Any other word works: its registries may be in any module that the config imports, or nowhere,
+    if all types are registered in mmengine's.
 
     Raises:
-        FastViTError: it is not.
+        FastViTError: it is a typo.
     """
-    try:
-        importlib.import_module(f'{scope}.registry')
-    except (ImportError, ValueError, TypeError) as error:
-        known = sorted(READERS & set(sys.modules) - {'mmcv', 'fastvit_mm'})
+    known = {'mmengine', 'mmdet', 'mmseg', 'mmpretrain'}
+    found = imported(scope) or any(r._search_child(scope) is not None for r in ROOTS)
+    if not found and nearest(scope, known - {scope}, 0.85):
         raise FastViTError(
-            f'default_scope {scope!r} is no package with registries: '
-            f'{suggestion(scope, [*known, "mmdet", "mmseg", "mmpretrain"])}'
-        ) from error
+            f'default_scope {scope!r} is no package with registries: {suggestion(scope, known)}'
+        )
     return scope
 
 

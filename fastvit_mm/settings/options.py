@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mmengine.config import Config, DictAction
+from mmengine.utils import import_modules_from_strings
 
-from fastvit_mm.errors import FastViTError
+from fastvit_mm.errors import FastViTError, one_line
 
 from .names import nearest
 
@@ -46,13 +47,15 @@ class Change(NamedTuple):
 
 
 def merge(cfg: Config, options: dict) -> list[Change]:
-    """Change settings of ``cfg``, as ``Config.merge_from_dict`` does.
+    """Change settings of ``cfg``, as ``Config.merge_from_dict`` does, and import what they add to
+    its ``custom_imports``.
 
     Args:
         options: value of each path: ``{'train_dataloader.dataset.pipeline.1.scale': 64}``.
 
     Raises:
-        FastViTError: a path leads through a value, or past the end of a list.
+        FastViTError: a path leads through a value, or past the end of a list, or a module cannot
+            be imported.
     """
     changes = [change(cfg, key, value, options) for key, value in options.items()]
     try:
@@ -60,7 +63,22 @@ def merge(cfg: Config, options: dict) -> list[Change]:
     except (TypeError, KeyError, AttributeError) as error:
         names = ', '.join(options)
         raise FastViTError(f'{names} cannot be set together: {error}') from error
+    if any(c.path[0] == 'custom_imports' for c in changes):
+        import_modules(cfg.get('custom_imports'))
     return [c for c in changes if c.path[-1] != DELETE]
+
+
+def import_modules(wanted: dict | None) -> None:
+    """Import what ``custom_imports`` names, which mmengine does only when it reads the file."""
+    wanted = {} if wanted is None else wanted
+    if not isinstance(wanted, dict):
+        raise FastViTError(f'custom_imports={wanted}: give custom_imports.imports=[{wanted}]')
+    modules = wanted.get('imports')
+    try:
+        import_modules_from_strings(modules, bool(wanted.get('allow_failed_imports')))
+    except Exception as error:  # whatever is in the modules
+        reason = one_line(error.__context__ or error)  # mmengine's own error keeps it back
+        raise FastViTError(f'custom_imports.imports={modules!r}: {reason}') from error
 
 
 def change(cfg: Config, key: str, value: Any, options: dict) -> Change:

@@ -30,6 +30,17 @@ def accepted(target: Callable) -> Takes:
         return Takes({}, True)
 
 
+@cache
+def definer(target: Callable, name: str) -> str:
+    """The package of the class whose constructor has a parameter ``name``: that of ``target``, or
+    the parent that gets it by ``**kwargs``. The package of ``target`` if none has."""
+    for cls in target.__mro__ if inspect.isclass(target) else ():
+        init = vars(cls).get('__init__')
+        if inspect.isfunction(init) and name in inspect.signature(init).parameters:
+            return cls.__module__.partition('.')[0]
+    return getattr(target, '__module__', '').partition('.')[0]
+
+
 def of_function(function: Callable) -> Takes:
     parameters = inspect.signature(function).parameters
     # a decorator may rename what it takes

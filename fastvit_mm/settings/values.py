@@ -51,6 +51,11 @@ def optional(rule: Rule) -> Rule:
     return lambda value: value is None or fits(value), f'{what}, or None'
 
 
+def one_or_several(rule: Rule) -> Rule:
+    fits, what = rule
+    return lambda value: isinstance(value, list | tuple) or fits(value), what
+
+
 LOADER = r'(?:train|val|test)_dataloader'
 LEVELS = ('CRITICAL', 'FATAL', 'ERROR', 'WARNING', 'WARN', 'INFO', 'DEBUG', 'NOTSET')
 RULES = {
@@ -61,7 +66,8 @@ RULES = {
     r'train_cfg\.(max_epochs|max_iters|val_interval)': whole(1),
     r'train_cfg\.val_begin': whole(0),
     r'train_cfg\.by_epoch': flag(),
-    r'optim_wrapper\.optimizer\.(lr|weight_decay|momentum|eps)': number(0),
+    r'optim_wrapper\.optimizer\.(lr|weight_decay|momentum)': number(0),
+    r'optim_wrapper\.optimizer\.eps': one_or_several(number(0)),
     r'optim_wrapper\.accumulative_counts': whole(1),
     r'optim_wrapper\.clip_grad\.max_norm': number(0, above=True),
     r'optim_wrapper\.clip_grad\.clip_value': number(0, above=True),
@@ -76,8 +82,8 @@ RULES = {
     r'randomness\.seed': optional(whole(0)),
     r'randomness\.(deterministic|diff_rank_seed)': flag(),
     r'env_cfg\.cudnn_benchmark': flag(),
-    r'(load_from|experiment_name)': optional(text()),
-    r'(work_dir|launcher|default_scope)': text(),
+    r'(load_from|experiment_name|work_dir|launcher)': optional(text()),
+    r'default_scope': text(),
     r'resume': flag(),
     r'log_level': (
         lambda value: isinstance(value, int) or str(value).upper() in LEVELS,
