@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from small_runs import (
     BATCH,
+    IMAGES,
     ITERATIONS,
     PER_EPOCH,
     At,
@@ -28,6 +31,7 @@ from small_runs import (
 )
 
 from fastvit_mm import FastViTError
+from fastvit_mm.hooks import WholeCheckpointHook
 from fastvit_mm.running import work_dir
 from fastvit_mm.writing import WholeBackend, whole
 
@@ -187,6 +191,109 @@ def test_nothing_of_ours_is_logged_as_a_metric(tmp_path):
     names = {name for line in log.read_text().splitlines() for name in json.loads(line)}
     ours = {'loss', 'lr', 'grad_norm', 'score'}
     assert names - {'time', 'data_time', 'step', 'iter', 'epoch', 'memory', 'base_lr'} == ours
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_epochs_that_become_longer_or_shorter(tmp_path, batch):
+    """As with other batches, data or GPUs: every image of every epoch is still trained."""
+    length, log = IMAGES // batch, tmp_path / 'epochs'
+    loader = dict(dataset=Drawn(), sampler=dict(type='DefaultSampler', shuffle=True))
+
+    class Count(Hook):
+        def before_train_epoch(self, runner):
+            self.began = runner.iter
+
+        def after_train_epoch(self, runner):
+            with log.open('a') as lines:
+                lines.write(f'{runner.iter - self.began} ')
+
+        def before_val(self, runner):
+            with log.open('a') as lines:
+                lines.write('v ')
+
+    def run(size, iteration, action):
+        loaders = dict(train_dataloader=dict(loader, batch_size=size))
+        hooks = [Count(), At(iteration, action)]
+        train(tmp_path / 'run', hooks=hooks, resume=log.exists(), **loaders)
+
+    def stop(runner):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # in the second epoch, again there, in the third, and at the last step of that
+    middle = PER_EPOCH + 3
+    assert forked(run, BATCH, middle, stop) == 143
+    assert forked(run, batch, middle + 2, stop) == 143
+    assert forked(run, batch, middle + length + 1, stop) == 143
+    assert forked(run, batch, middle + 2 * length, stop) == 143
+    assert forked(run, batch, 0, None) == 0
+    # the second began again, and a resumed one counts what is left of it
+    assert log.read_text() == f'{PER_EPOCH} v {length - 2} v 0 v '
+    end = torch.load(tmp_path / 'run' / 'epoch_3.pth', weights_only=False)['meta']
+    assert end['iter'] == middle + 2 * length
+
+
+@pytest.mark.parametrize('saved, done', [(None, 3), (-1, 0), (99, 0)])
+def test_checkpoints_of_an_earlier_version(tmp_path, saved, done):
+    """They do not say where in the epoch they are, and epochs had mostly the same length."""
+    folder, wrong = tmp_path / 'run', saved is not None
+    hooks = [At(PER_EPOCH + 3, lambda _: os.kill(os.getpid(), 15))]
+    assert forked(train, folder, hooks=hooks) == 143
+    path = work_dir.latest(folder)
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint['meta']['resuming']['into_epoch']
+    if wrong:
+        checkpoint['meta']['iter'] = PER_EPOCH + saved
+    torch.save(checkpoint, path)
+    assert forked(train, folder, resume=True, load_from=str(path)) == 0
+    end = torch.load(folder / 'epoch_3.pth', weights_only=False)['meta']
+    assert end['iter'] == checkpoint['meta']['iter'] + 2 * PER_EPOCH - done
+
+
+def test_a_folder_of_its_own(tmp_path, undisturbed):
+    """`out_dir`, which does not exist yet."""
+    checkpoint = dict(type='WholeCheckpointHook', interval=1, out_dir=str(tmp_path / 'a' / 'b'))
+    checkpoint.update(save_best='score', rule='greater', max_keep_ckpts=2)
+    assert forked(train, tmp_path / 'run', default_hooks=dict(checkpoint=checkpoint)) == 0
+    names = files(tmp_path / 'a' / 'b' / 'run')
+    assert sorted([*names, 'last_checkpoint']) == undisturbed(True)[1]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').touch()
+    checkpoint = dict(type='WholeCheckpointHook', out_dir=str(tmp_path / 'file'))
+    hooks, log = dict(checkpoint=checkpoint), tmp_path / 'stderr'
+    assert forked(train, tmp_path / 'run', default_hooks=hooks, log=log) == 2
+    assert re.search(r'^error: cannot make .*file/run .*\(default_hooks', log.read_text(), re.M)
+
+
+def test_many_interruptions_leave_one_checkpoint(tmp_path, undisturbed):
+    for number, iteration in enumerate((8, 10, 11)):
+        hooks = [At(iteration, lambda _: os.kill(os.getpid(), 15))]
+        assert forked(train, tmp_path, hooks=hooks, resume=number > 0) == 143
+        assert files(tmp_path)[-2:] == [f'iter_{iteration}.pth', 'last_checkpoint']
+        assert len([n for n in files(tmp_path) if n.startswith('iter')]) == 1
+    resume(tmp_path)
+    check_same(tmp_path, True, undisturbed)
+
+
+def test_a_validation_that_failed_is_forgotten(tmp_path):
+    """What was drawn since is in the checkpoints of another training with the same runner."""
+
+    def fail(runner):
+        raise ZeroDivisionError
+
+    def again():
+        runner = make_run(tmp_path, hooks=[failing := At(PER_EPOCH, fail, in_validation=True)])
+        with pytest.raises(ZeroDivisionError):
+            runner.train()
+        failing.iteration = 0
+        (hook,) = (h for h in runner.hooks if isinstance(h, WholeCheckpointHook))
+        seen = []
+        runner.register_hook(At(PER_EPOCH + 2, lambda _: seen.append(hook.during_validation)))
+        runner.train()
+        assert seen == [None]
+
+    assert forked(again) == 0
 
 
 def test_mmengines_own_runner(tmp_path, undisturbed):
