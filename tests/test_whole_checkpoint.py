@@ -31,7 +31,7 @@ from small_runs import (
 )
 
 from fastvit_mm import FastViTError
-from fastvit_mm.hooks import WholeCheckpointHook
+from fastvit_mm.hooks import WholeCheckpointHook, stop_on_signal
 from fastvit_mm.running import work_dir
 from fastvit_mm.writing import WholeBackend, whole
 
@@ -127,6 +127,14 @@ def test_killed_within_a_validation(tmp_path, undisturbed, by_epoch):
     check_same(tmp_path, by_epoch, undisturbed)
 
 
+def send_to_all(number):
+    """Send a signal to this process and its data workers, from outside."""
+    # The trainer's own SIGTERM ends its data workers.
+    command = ['kill', f'-{int(number)}', '--', f'-{os.getpgrp()}']
+    subprocess.run(command, start_new_session=True, check=True)
+    time.sleep(0.1)  # a data worker would die now
+
+
 @pytest.mark.parametrize('by_epoch', [True, False], ids=['epochs', 'iterations'])
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -135,16 +143,14 @@ def test_stopped_by_a_signal(tmp_path, undisturbed, by_epoch, workers, number):
     iteration, log = PER_EPOCH + 3, tmp_path / 'stderr'
     group = tmp_path / 'group'
 
-    def to_all(runner):
+    def note_and_send(runner):
         group.write_text(' '.join(str(p.pid) for p in multiprocessing.active_children()))
-        # not by the trainer, whose SIGTERM ends its data workers
-        command = ['kill', f'-{int(number)}', '--', f'-{os.getpgrp()}']
-        subprocess.run(command, start_new_session=True, check=True)
-        time.sleep(0.1)  # a data worker would die now
+        send_to_all(number)
 
     def run():
         os.setpgrp()
-        train(tmp_path / 'run', by_epoch=by_epoch, workers=workers, hooks=[At(iteration, to_all)])
+        hooks = [At(iteration, note_and_send)]
+        train(tmp_path / 'run', by_epoch=by_epoch, workers=workers, hooks=hooks)
 
     assert forked(run, log=log) == 128 + number
     (line,) = [one for one in log.read_text().splitlines() if 'stopped by' in one]
@@ -167,6 +173,44 @@ def test_stopped_within_a_validation(tmp_path, undisturbed, by_epoch):
     assert torch.load(work_dir.latest(tmp_path), weights_only=False)['meta']['iter'] == iteration
     resume(tmp_path, by_epoch=by_epoch)
     check_same(tmp_path, by_epoch, undisturbed)
+
+
+def test_stopped_after_a_validation_that_was_made_up_for(tmp_path, undisturbed):
+    """It starts data workers, which stay, before anything else of the resumed run."""
+    kill = [At(PER_EPOCH, die, in_validation=True)]
+    assert forked(train, tmp_path, workers=1, hooks=kill) == -signal.SIGKILL
+
+    def run():
+        os.setpgrp()
+        hooks = [At(PER_EPOCH + 3, lambda _: send_to_all(signal.SIGTERM))]
+        train(tmp_path, workers=1, hooks=hooks, resume=True)
+
+    assert forked(run) == 143
+    assert torch.load(work_dir.latest(tmp_path), weights_only=False)['meta']['iter'] == 9
+    resume(tmp_path, workers=1)
+    check_same(tmp_path, True, undisturbed)
+
+
+def test_data_workers_are_prepared_once(tmp_path, monkeypatch):
+    """However often a runner trains."""
+    prepared = []
+
+    def note(init, number):
+        if init is not None:
+            init(number)
+        prepared.append(number)
+
+    monkeypatch.setattr(stop_on_signal, 'outlast', note)
+
+    def again():
+        runner = make_run(tmp_path, workers=1)
+        runner.train()
+        runner.train()
+        for loop in (runner.train_loop, runner.val_loop):
+            loop.dataloader.worker_init_fn(0)
+        assert prepared == [0, 0]
+
+    assert forked(again) == 0
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
