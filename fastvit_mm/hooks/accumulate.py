@@ -24,14 +24,21 @@ class AccumulateHook(Hook):
     """
 
     def __init__(self, parts: int):
-        self.parts = parts
+        self.parts, self.before = parts, None
 
     def before_train(self, runner: Runner) -> None:
         # An attribute, as mmengine's own compiled step.
+        self.before = {k: v for k, v in vars(runner.model).items() if k == 'train_step'}
         runner.model.train_step = self.stepwise(runner.model.train_step)
 
-    def after_train(self, runner: Runner) -> None:
-        del runner.model.train_step
+    def restore(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        if self.before is not None:
+            del runner.model.train_step
+            vars(runner.model).update(self.before)
+        self.before = None
+
+    before_run = after_train = restore
 
     def stepwise(self, step: Callable) -> Callable:
         def train_step(data: dict, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
