@@ -1,5 +1,6 @@
 """OpenMMLab hook: large batches with the memory of small ones."""
 
+from collections import ChainMap
 from collections.abc import Callable
 
 import torch
@@ -46,9 +47,13 @@ class AccumulateHook(Hook):
             optim_wrapper._accumulative_counts = len(parts)
             optim_wrapper._inner_count, optim_wrapper._max_counts = 0, -1
             logs = [step(part, optim_wrapper=optim_wrapper) for part in parts]
-            return {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
+            return {key: mean([log[key] for log in logs if key in log]) for key in ChainMap(*logs)}
 
         return train_step
+
+
+def mean(values: list[torch.Tensor]) -> torch.Tensor:
+    return sum(values) / len(values)
 
 
 def split(data: dict, parts: int) -> list[dict]:
