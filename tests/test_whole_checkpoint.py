@@ -14,6 +14,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from small_device import Held
 from small_runs import (
     BATCH,
     IMAGES,
@@ -33,6 +34,7 @@ from small_runs import (
 from fastvit_mm import FastViTError
 from fastvit_mm.hooks import WholeCheckpointHook, stop_on_signal
 from fastvit_mm.running import work_dir
+from fastvit_mm.running.randomness import random_states, set_random_states
 from fastvit_mm.writing import WholeBackend, whole
 
 LAST = {True: 'epoch_3.pth', False: f'iter_{ITERATIONS}.pth'}
@@ -346,6 +348,24 @@ def test_mmengines_own_runner(tmp_path, undisturbed):
     assert forked(train, tmp_path, hooks=[At(10, die)], **settings) == -signal.SIGKILL
     resume(tmp_path, **settings)
     check_same(tmp_path, False, undisturbed)
+
+
+@pytest.mark.parametrize('gpus', [0, 1, 3])
+def test_generators_saved_on_two_gpus(monkeypatch, gpus):
+    """mmengine's own runner puts all of a checkpoint on the GPU; states have to be on the CPU."""
+    before, set_to = random_states(), {}
+
+    def note(state, number):
+        assert number < gpus and state.device.type == 'cpu'
+        set_to[number] = state.tolist()
+
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', note)
+    there = [Held(torch.tensor([n], dtype=torch.uint8)) for n in (5, 6)]
+    drawn = torch.rand(3)
+    set_random_states(dict(before, torch=Held(before['torch']), cuda=there))
+    assert torch.equal(torch.rand(3), drawn)
+    assert set_to == {n: [5 + n] for n in range(min(gpus, 2))}
 
 
 @pytest.mark.parametrize('by_epoch', [True, False], ids=['epochs', 'iterations'])
