@@ -215,6 +215,24 @@ def test_data_workers_are_prepared_once(tmp_path, monkeypatch):
     assert forked(again) == 0
 
 
+def test_killed_while_stopping_with_mmengines_checkpoints(tmp_path):
+    """The name of the last checkpoint stays whole, whichever hook writes them."""
+
+    def tear(path, text):
+        path.write_bytes(text[:5].encode())
+        die()
+
+    def run():
+        Path.write_text = tear
+        hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+        hooks.update(signals=dict(type='StopOnSignalHook'))
+        stop = At(PER_EPOCH + 3, lambda _: os.kill(os.getpid(), 15))
+        train(tmp_path, hooks=[stop], default_hooks=hooks)
+
+    assert forked(run) == -signal.SIGKILL
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_1.pth')
+
+
 def test_a_second_signal_stops_at_once(tmp_path):
     def twice(runner):
         os.kill(os.getpid(), 15)
