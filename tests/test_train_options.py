@@ -161,6 +161,7 @@ def test_parts_after_a_failed_training(tmp_path, kind, compiled):
             return super().forward(inputs, target, mode)
 
     def fail(runner):
+        runner.model = Net()  # as a validation in the deploy form
         raise ZeroDivisionError
 
     loader = dict(dataset=Drawn(), batch_size=4, sampler=dict(type='DefaultSampler', shuffle=True))
@@ -172,7 +173,7 @@ def test_parts_after_a_failed_training(tmp_path, kind, compiled):
     runner = make_run(tmp_path, model=model, hooks=hooks, train_dataloader=loader, kind=kind)
     with pytest.raises(ZeroDivisionError):
         runner.train()
-    failing.iteration = 0
+    runner.model, failing.iteration = model, 0
     for _ in range(2):
         runner.train()
         assert vars(model).get('train_step') is before

@@ -25,19 +25,20 @@ class AccumulateHook(Hook):
     """
 
     def __init__(self, parts: int):
-        self.parts, self.before = parts, None
+        self.parts, self.model, self.before = parts, None, {}
 
     def before_train(self, runner: Runner) -> None:
         # An attribute, as mmengine's own compiled step.
-        self.before = {k: v for k, v in vars(runner.model).items() if k == 'train_step'}
-        runner.model.train_step = self.stepwise(runner.model.train_step)
+        self.model = runner.model
+        self.before = {k: v for k, v in vars(self.model).items() if k == 'train_step'}
+        self.model.train_step = self.stepwise(self.model.train_step)
 
     def restore(self, runner: Runner) -> None:
-        """Leave the model as it was."""
-        if self.before is not None:
-            del runner.model.train_step
-            vars(runner.model).update(self.before)
-        self.before = None
+        """Leave the model as it was, even while a failed validation has put another there."""
+        if self.model is not None:
+            del self.model.train_step
+            vars(self.model).update(self.before)
+        self.model = None
 
     before_run = after_train = restore
 
