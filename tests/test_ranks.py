@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import MMDistributedDataParallel
 from randomize import randomize, relative
-from small_runs import At, Net, files, make_run
+from small_runs import At, NamedDrawn, Net, files, make_run
 from test_hook import Noise, Spy, make_runner, tiny_model
 
 import fastvit_mm
@@ -235,19 +235,25 @@ def one_signal(rank, folder):
 
 
 def one_infinite_loss(rank, folder):
-    """Its gradients are finite, so only one rank could know."""
+    """The gradients are finite or infinite on both, so only one rank could know."""
+    read, said = [], []
 
     class Infinite(Net):
-        def forward(self, *args, **kwargs):
-            out = super().forward(*args, **kwargs)
-            if kwargs.get('mode') == 'loss' and rank == 1:
-                out['loss_more'] = torch.tensor(float('inf'))
+        def forward(self, inputs, target=None, data_samples=None, mode='tensor'):
+            read.extend(sample.img_path for sample in data_samples)
+            out = super().forward(inputs, target, mode)
+            if mode == 'loss' and rank == 1:
+                out['loss_more'] = float('inf') * (out['loss'] if self.all else torch.ones(1))
             return out
 
-    try:
-        in_two(folder / 'infinite', model=Infinite())
-    except FastViTError as error:
-        return str(error)
+    shuffled = dict(type='DefaultSampler', shuffle=True)
+    loader = dict(dataset=NamedDrawn(), batch_size=2, sampler=shuffled)
+    for Infinite.all in (False, True):
+        try:
+            in_two(folder / f'infinite {Infinite.all}', model=Infinite(), train_dataloader=loader)
+        except FastViTError as error:
+            said.append(str(error))
+    return said, read
 
 
 SCENARIOS = (
@@ -313,6 +319,9 @@ def test_one_signal_stops_all_after_the_same_iteration(results):
 
 
 def test_one_infinite_loss_stops_all(results):
-    first, second = (result['one_infinite_loss'] for result in results)
-    assert first.startswith('iteration 1: ') and second.startswith('iteration 1: ')
-    assert 'loss_more inf' in second
+    (said, innocent), (same, guilty) = (result['one_infinite_loss'] for result in results)
+    assert len(said) == 2 and said == same
+    for message in said:
+        assert message.startswith('iteration 1: ') and 'loss_more inf' in message
+        assert f'images {", ".join(guilty[:2])} (of rank 1): look' in message
+        assert not any(image in message for image in innocent)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.optim import OptimWrapper
-from small_runs import PER_EPOCH, At, Drawn, Net, files, forked, make_run, train
+from small_runs import PER_EPOCH, At, Drawn, NamedDrawn, Net, files, forked, make_run, train
 from test_tools import load_tool
 
 from fastvit_mm import FastViT, FastViTError, weights
@@ -37,13 +37,13 @@ def error_of(log):
 class Diverging(Net):
     """From iteration 8 on (of 18) for ``length`` iterations, the loss is ``wrong``."""
 
-    wrong, length, steps = 'nan', 99, 0
+    wrong, first, length, steps = 'nan', 8, 99, 0
 
     def forward(self, inputs, target=None, mode='tensor'):
         if mode != 'loss':
             return super().forward(inputs, target, mode)
         self.steps += 1
-        bad = 8 <= self.steps < 8 + self.length
+        bad = 0 <= self.steps - self.first < self.length
         if bad and self.wrong == 'input':
             inputs = [x * float('nan') for x in inputs]
         losses = super().forward(inputs, target, mode)
@@ -53,16 +53,6 @@ class Diverging(Net):
         elif bad:
             losses['loss_extra'] = torch.tensor(float(self.wrong.replace('input', 'nan')))
         return losses
-
-
-class Named:
-    def __init__(self, i):
-        self.img_path = f'image_{i}.jpg'
-
-
-class NamedDrawn(Drawn):
-    def __getitem__(self, i):
-        return dict(super().__getitem__(i), data_samples=Named(i))
 
 
 class NamedDiverging(Diverging):
@@ -136,6 +126,7 @@ class Scaled(OptimWrapper):
         self.loss_scaler.update()
 
 
+@pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize(
     'wrong, length, stops',
     [
@@ -144,10 +135,13 @@ class Scaled(OptimWrapper):
         ('nan', 1, True),
     ],
 )
-def test_loss_scaler_may_skip(tmp_path, monkeypatch, wrong, length, stops):
-    """Overflowing gradients are its business, but not for ever, and no loss is ever NaN."""
+def test_loss_scaler_may_skip(tmp_path, monkeypatch, wrong, length, stops, fused):
+    """Overflowing gradients are its business, but not for ever, and no loss is ever NaN.
+
+    It calls a fused optimizer even then: that skips the step.
+    """
     monkeypatch.setattr('fastvit_mm.hooks.finite_loss.LIMIT', 6)
-    wrapper = dict(type=Scaled, optimizer=dict(type='AdamW', lr=1e-2))
+    wrapper = dict(type=Scaled, optimizer=dict(type='AdamW', lr=1e-2, fused=fused))
     runner = diverge(tmp_path, wrong, length, optim_wrapper=wrapper)
     if stops:
         with pytest.raises(FastViTError, match='iteration 13: for 6' if length > 1 else 'tion 8'):
@@ -163,6 +157,28 @@ def test_accumulated_gradients(tmp_path):
     runner = diverge(tmp_path, 'nan', optim_wrapper=wrapper)
     with pytest.raises(FastViTError, match='iteration 8'):
         runner.train()
+
+
+@pytest.mark.parametrize('action', ['stop', 'skip'])
+@pytest.mark.parametrize('wrapper', ['OptimWrapper', Scaled])
+@pytest.mark.parametrize('part', [0, 1])
+def test_one_part_of_a_batch(tmp_path, action, wrapper, part):
+    """A loss scaler keeps that to itself: it only does not call the optimizer."""
+    wrapper = dict(type=wrapper, optimizer=dict(type='AdamW', lr=1e-2))
+    parts = [dict(type='AccumulateHook', parts=2)]
+    runner = diverge(tmp_path, 'input', 1, action, optim_wrapper=wrapper, hooks=parts)
+    runner.model.first = 9 + part
+    seen = []
+    runner.register_hook(At(4, lambda r: seen.append(state_of(r.model))), 'LOWEST')
+    runner.register_hook(At(5, lambda r: seen.append(state_of(r.model))), 'LOWEST')
+    if action == 'stop':
+        with pytest.raises(FastViTError, match=r'iteration 5: .*\(loss nan, loss_extra nan\)'):
+            runner.train()
+        return
+    runner.train()
+    assert runner.message_hub.get_info('skipped') == 1
+    assert all(torch.equal(v, seen[1][k]) for k, v in seen[0].items())
+    assert all(v.isfinite().all() for v in runner.model.state_dict().values())
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])

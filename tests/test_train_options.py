@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner as BaseRunner
+from small_runs import At, Drawn, Net, make_run
 from test_processes import CONFIGS, shallow
 from torch._dynamo import register_backend
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -134,6 +136,48 @@ def test_parts_are_equal(count, parts, sizes):
     assert torch.cat([part['inputs'] for part in found]).tolist() == list(range(count))
     for part in found:
         assert part['data_samples'] == [f'{i}' for i in part['inputs']]
+
+
+class Compiled:
+    """Stands for the training step that mmengine has compiled, an attribute of the model."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, data, optim_wrapper):
+        return type(self.model).train_step(self.model, data, optim_wrapper)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('kind', [launch.Runner, BaseRunner])
+def test_parts_after_a_failed_training(tmp_path, kind, compiled):
+    """Not parts of parts, with mmengine's own runner neither; and the model is as it was."""
+    sizes = []
+
+    class Count(Net):
+        def forward(self, inputs, target=None, mode='tensor'):
+            if mode == 'loss':
+                sizes.append(len(inputs))
+            return super().forward(inputs, target, mode)
+
+    def fail(runner):
+        runner.model = Net()  # as a validation in the deploy form
+        raise ZeroDivisionError
+
+    loader = dict(dataset=Drawn(), batch_size=4, sampler=dict(type='DefaultSampler', shuffle=True))
+    model, failing = Count(), At(2, fail)
+    if compiled:
+        model.train_step = Compiled(model)
+    before = vars(model).get('train_step')
+    hooks = [dict(type='AccumulateHook', parts=2), failing]
+    runner = make_run(tmp_path, model=model, hooks=hooks, train_dataloader=loader, kind=kind)
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    runner.model, failing.iteration = model, 0
+    for _ in range(2):
+        runner.train()
+        assert vars(model).get('train_step') is before
+    assert set(sizes) == {2}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from small_device import Held
 from small_runs import (
     BATCH,
+    IMAGES,
     ITERATIONS,
     PER_EPOCH,
     At,
@@ -28,7 +32,9 @@ from small_runs import (
 )
 
 from fastvit_mm import FastViTError
+from fastvit_mm.hooks import WholeCheckpointHook, stop_on_signal
 from fastvit_mm.running import work_dir
+from fastvit_mm.running.randomness import random_states, set_random_states
 from fastvit_mm.writing import WholeBackend, whole
 
 LAST = {True: 'epoch_3.pth', False: f'iter_{ITERATIONS}.pth'}
@@ -123,6 +129,14 @@ def test_killed_within_a_validation(tmp_path, undisturbed, by_epoch):
     check_same(tmp_path, by_epoch, undisturbed)
 
 
+def send_to_all(number):
+    """Send a signal to this process and its data workers, from outside."""
+    # The trainer's own SIGTERM ends its data workers.
+    command = ['kill', f'-{int(number)}', '--', f'-{os.getpgrp()}']
+    subprocess.run(command, start_new_session=True, check=True)
+    time.sleep(0.1)  # a data worker would die now
+
+
 @pytest.mark.parametrize('by_epoch', [True, False], ids=['epochs', 'iterations'])
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -131,16 +145,14 @@ def test_stopped_by_a_signal(tmp_path, undisturbed, by_epoch, workers, number):
     iteration, log = PER_EPOCH + 3, tmp_path / 'stderr'
     group = tmp_path / 'group'
 
-    def to_all(runner):
+    def note_and_send(runner):
         group.write_text(' '.join(str(p.pid) for p in multiprocessing.active_children()))
-        # not by the trainer, whose SIGTERM ends its data workers
-        command = ['kill', f'-{int(number)}', '--', f'-{os.getpgrp()}']
-        subprocess.run(command, start_new_session=True, check=True)
-        time.sleep(0.1)  # a data worker would die now
+        send_to_all(number)
 
     def run():
         os.setpgrp()
-        train(tmp_path / 'run', by_epoch=by_epoch, workers=workers, hooks=[At(iteration, to_all)])
+        hooks = [At(iteration, note_and_send)]
+        train(tmp_path / 'run', by_epoch=by_epoch, workers=workers, hooks=hooks)
 
     assert forked(run, log=log) == 128 + number
     (line,) = [one for one in log.read_text().splitlines() if 'stopped by' in one]
@@ -163,6 +175,62 @@ def test_stopped_within_a_validation(tmp_path, undisturbed, by_epoch):
     assert torch.load(work_dir.latest(tmp_path), weights_only=False)['meta']['iter'] == iteration
     resume(tmp_path, by_epoch=by_epoch)
     check_same(tmp_path, by_epoch, undisturbed)
+
+
+def test_stopped_after_a_validation_that_was_made_up_for(tmp_path, undisturbed):
+    """It starts data workers, which stay, before anything else of the resumed run."""
+    kill = [At(PER_EPOCH, die, in_validation=True)]
+    assert forked(train, tmp_path, workers=1, hooks=kill) == -signal.SIGKILL
+
+    def run():
+        os.setpgrp()
+        hooks = [At(PER_EPOCH + 3, lambda _: send_to_all(signal.SIGTERM))]
+        train(tmp_path, workers=1, hooks=hooks, resume=True)
+
+    assert forked(run) == 143
+    assert torch.load(work_dir.latest(tmp_path), weights_only=False)['meta']['iter'] == 9
+    resume(tmp_path, workers=1)
+    check_same(tmp_path, True, undisturbed)
+
+
+def test_data_workers_are_prepared_once(tmp_path, monkeypatch):
+    """However often a runner trains."""
+    prepared = []
+
+    def note(init, number):
+        if init is not None:
+            init(number)
+        prepared.append(number)
+
+    monkeypatch.setattr(stop_on_signal, 'outlast', note)
+
+    def again():
+        runner = make_run(tmp_path, workers=1)
+        runner.train()
+        runner.train()
+        for loop in (runner.train_loop, runner.val_loop):
+            loop.dataloader.worker_init_fn(0)
+        assert prepared == [0, 0]
+
+    assert forked(again) == 0
+
+
+def test_killed_while_stopping_with_mmengines_checkpoints(tmp_path):
+    """The name of the last checkpoint stays whole, whichever hook writes them."""
+
+    def tear(path, text):
+        path.write_bytes(text[:5].encode())
+        die()
+
+    def run():
+        Path.write_text = tear
+        hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+        hooks.update(signals=dict(type='StopOnSignalHook'))
+        stop = At(PER_EPOCH + 3, lambda _: os.kill(os.getpid(), 15))
+        train(tmp_path, hooks=[stop], default_hooks=hooks)
+
+    assert forked(run) == -signal.SIGKILL
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_1.pth')
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -189,12 +257,133 @@ def test_nothing_of_ours_is_logged_as_a_metric(tmp_path):
     assert names - {'time', 'data_time', 'step', 'iter', 'epoch', 'memory', 'base_lr'} == ours
 
 
+@pytest.mark.parametrize('batch', [1, 3])
+def test_epochs_that_become_longer_or_shorter(tmp_path, batch):
+    """As with other batches, data or GPUs: every image of every epoch is still trained."""
+    length, log = IMAGES // batch, tmp_path / 'epochs'
+    loader = dict(dataset=Drawn(), sampler=dict(type='DefaultSampler', shuffle=True))
+
+    class Count(Hook):
+        def before_train_epoch(self, runner):
+            self.began = runner.iter
+
+        def after_train_epoch(self, runner):
+            with log.open('a') as lines:
+                lines.write(f'{runner.iter - self.began} ')
+
+        def before_val(self, runner):
+            with log.open('a') as lines:
+                lines.write('v ')
+
+    def run(size, iteration, action):
+        loaders = dict(train_dataloader=dict(loader, batch_size=size))
+        hooks = [Count(), At(iteration, action)]
+        train(tmp_path / 'run', hooks=hooks, resume=log.exists(), **loaders)
+
+    def stop(runner):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # in the second epoch, again there, in the third, and at the last step of that
+    middle = PER_EPOCH + 3
+    assert forked(run, BATCH, middle, stop) == 143
+    assert forked(run, batch, middle + 2, stop) == 143
+    assert forked(run, batch, middle + length + 1, stop) == 143
+    assert forked(run, batch, middle + 2 * length, stop) == 143
+    assert forked(run, batch, 0, None) == 0
+    # the second began again, and a resumed one counts what is left of it
+    assert log.read_text() == f'{PER_EPOCH} v {length - 2} v 0 v '
+    end = torch.load(tmp_path / 'run' / 'epoch_3.pth', weights_only=False)['meta']
+    assert end['iter'] == middle + 2 * length
+
+
+@pytest.mark.parametrize('saved, done', [(None, 3), (-1, 0), (99, 0)])
+def test_checkpoints_of_an_earlier_version(tmp_path, saved, done):
+    """They do not say where in the epoch they are, and epochs had mostly the same length."""
+    folder, wrong = tmp_path / 'run', saved is not None
+    hooks = [At(PER_EPOCH + 3, lambda _: os.kill(os.getpid(), 15))]
+    assert forked(train, folder, hooks=hooks) == 143
+    path = work_dir.latest(folder)
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint['meta']['resuming']['into_epoch']
+    if wrong:
+        checkpoint['meta']['iter'] = PER_EPOCH + saved
+    torch.save(checkpoint, path)
+    assert forked(train, folder, resume=True, load_from=str(path)) == 0
+    end = torch.load(folder / 'epoch_3.pth', weights_only=False)['meta']
+    assert end['iter'] == checkpoint['meta']['iter'] + 2 * PER_EPOCH - done
+
+
+def test_a_folder_of_its_own(tmp_path, undisturbed):
+    """`out_dir`, which does not exist yet."""
+    checkpoint = dict(type='WholeCheckpointHook', interval=1, out_dir=str(tmp_path / 'a' / 'b'))
+    checkpoint.update(save_best='score', rule='greater', max_keep_ckpts=2)
+    assert forked(train, tmp_path / 'run', default_hooks=dict(checkpoint=checkpoint)) == 0
+    names = files(tmp_path / 'a' / 'b' / 'run')
+    assert sorted([*names, 'last_checkpoint']) == undisturbed(True)[1]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').touch()
+    checkpoint = dict(type='WholeCheckpointHook', out_dir=str(tmp_path / 'file'))
+    hooks, log = dict(checkpoint=checkpoint), tmp_path / 'stderr'
+    assert forked(train, tmp_path / 'run', default_hooks=hooks, log=log) == 2
+    assert re.search(r'^error: cannot make .*file/run .*\(default_hooks', log.read_text(), re.M)
+
+
+def test_many_interruptions_leave_one_checkpoint(tmp_path, undisturbed):
+    for number, iteration in enumerate((8, 10, 11)):
+        hooks = [At(iteration, lambda _: os.kill(os.getpid(), 15))]
+        assert forked(train, tmp_path, hooks=hooks, resume=number > 0) == 143
+        assert files(tmp_path)[-2:] == [f'iter_{iteration}.pth', 'last_checkpoint']
+        assert len([n for n in files(tmp_path) if n.startswith('iter')]) == 1
+    resume(tmp_path)
+    check_same(tmp_path, True, undisturbed)
+
+
+def test_a_validation_that_failed_is_forgotten(tmp_path):
+    """What was drawn since is in the checkpoints of another training with the same runner."""
+
+    def fail(runner):
+        raise ZeroDivisionError
+
+    def again():
+        runner = make_run(tmp_path, hooks=[failing := At(PER_EPOCH, fail, in_validation=True)])
+        with pytest.raises(ZeroDivisionError):
+            runner.train()
+        failing.iteration = 0
+        (hook,) = (h for h in runner.hooks if isinstance(h, WholeCheckpointHook))
+        seen = []
+        runner.register_hook(At(PER_EPOCH + 2, lambda _: seen.append(hook.during_validation)))
+        runner.train()
+        assert seen == [None]
+
+    assert forked(again) == 0
+
+
 def test_mmengines_own_runner(tmp_path, undisturbed):
     """The hook alone does it, without our runner."""
     settings = dict(by_epoch=False, kind=Runner)
     assert forked(train, tmp_path, hooks=[At(10, die)], **settings) == -signal.SIGKILL
     resume(tmp_path, **settings)
     check_same(tmp_path, False, undisturbed)
+
+
+@pytest.mark.parametrize('gpus', [0, 1, 3])
+def test_generators_saved_on_two_gpus(monkeypatch, gpus):
+    """mmengine's own runner puts all of a checkpoint on the GPU; states have to be on the CPU."""
+    before, set_to = random_states(), {}
+
+    def note(state, number):
+        assert number < gpus and state.device.type == 'cpu'
+        set_to[number] = state.tolist()
+
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', note)
+    there = [Held(torch.tensor([n], dtype=torch.uint8)) for n in (5, 6)]
+    drawn = torch.rand(3)
+    set_random_states(dict(before, torch=Held(before['torch']), cuda=there))
+    assert torch.equal(torch.rand(3), drawn)
+    assert set_to == {n: [5 + n] for n in range(min(gpus, 2))}
 
 
 @pytest.mark.parametrize('by_epoch', [True, False], ids=['epochs', 'iterations'])

@@ -1,5 +1,6 @@
 """OpenMMLab hook: large batches with the memory of small ones."""
 
+from collections import ChainMap
 from collections.abc import Callable
 
 import torch
@@ -24,14 +25,22 @@ class AccumulateHook(Hook):
     """
 
     def __init__(self, parts: int):
-        self.parts = parts
+        self.parts, self.model, self.before = parts, None, {}
 
     def before_train(self, runner: Runner) -> None:
         # An attribute, as mmengine's own compiled step.
-        runner.model.train_step = self.stepwise(runner.model.train_step)
+        self.model = runner.model
+        self.before = {k: v for k, v in vars(self.model).items() if k == 'train_step'}
+        self.model.train_step = self.stepwise(self.model.train_step)
 
-    def after_train(self, runner: Runner) -> None:
-        del runner.model.train_step
+    def restore(self, runner: Runner) -> None:
+        """Leave the model as it was, even while a failed validation has put another there."""
+        if self.model is not None:
+            del self.model.train_step
+            vars(self.model).update(self.before)
+        self.model = None
+
+    before_run = after_train = restore
 
     def stepwise(self, step: Callable) -> Callable:
         def train_step(data: dict, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
@@ -39,9 +48,13 @@ class AccumulateHook(Hook):
             optim_wrapper._accumulative_counts = len(parts)
             optim_wrapper._inner_count, optim_wrapper._max_counts = 0, -1
             logs = [step(part, optim_wrapper=optim_wrapper) for part in parts]
-            return {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
+            return {key: mean([log[key] for log in logs if key in log]) for key in ChainMap(*logs)}
 
         return train_step
+
+
+def mean(values: list[torch.Tensor]) -> torch.Tensor:
+    return sum(values) / len(values)
 
 
 def split(data: dict, parts: int) -> list[dict]:

@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
+
+from fastvit_mm.writing import whole
 
 from .sync_statistics import SyncStatisticsHook
 from .whole_checkpoint import WholeCheckpointHook
@@ -22,8 +25,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @HOOKS.register_module()
 class StopOnSignalHook(Hook):
-    """On SIGINT (Ctrl-C) or SIGTERM (Slurm's and the clouds' warning), finish the step, write a
-    checkpoint, say how to resume, and exit with the code of the signal, 130 or 143.
+    """On SIGINT (Ctrl-C) or SIGTERM (Slurm's or a cloud provider's warning), finish the step,
+    write a checkpoint, say how to resume, and exit with the code of the signal, 130 or 143.
 
     A second signal ends the process immediately. All ranks stop after the same iteration,
     whichever received the signal. With gradient accumulation, they stop after the next update;
@@ -34,13 +37,17 @@ class StopOnSignalHook(Hook):
 
     def __init__(self):
         self.received, self.process, self.previous = 0, None, {}
+        self.outlasting = WeakSet()
+
+    def before_run(self, runner: Runner) -> None:
+        # Before training begins: a resumed run may have to validate first.
+        loops = [o for o in (runner._train_loop, runner._val_loop) if isinstance(o, BaseLoop)]
+        for loader in {loop.dataloader for loop in loops}.difference(self.outlasting):
+            loader.worker_init_fn = partial(outlast, loader.worker_init_fn)
+            self.outlasting.add(loader)
 
     def before_train(self, runner: Runner) -> None:
         self.received, self.process = 0, os.getpid()
-        for loop in (runner.train_loop, runner.val_loop):
-            if loop is not None:
-                loader = loop.dataloader
-                loader.worker_init_fn = partial(outlast, loader.worker_init_fn)
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
@@ -110,7 +117,8 @@ def save(runner: Runner, epoch: int, iteration: int) -> str:
     runner.save_checkpoint(runner.work_dir, name, meta=dict(epoch=epoch, iter=iteration))
     path = Path(runner.work_dir, name)
     if is_main_process():
-        Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
+        with whole(Path(runner.work_dir, 'last_checkpoint')) as part:
+            part.write_text(str(path))
     return str(path)
 
 

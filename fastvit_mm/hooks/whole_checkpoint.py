@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine.dist import all_gather_object, get_rank, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 
 from fastvit_mm.errors import FastViTError, one_line
 from fastvit_mm.running.batches import follow, seed_batches
@@ -42,6 +42,7 @@ class WholeCheckpointHook(CheckpointHook):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.resumed = self.during_validation = self.saved = None
+        self.began = 0  # the current epoch, after this iteration
 
     def before_train(self, runner: Runner) -> None:
         local = '://' not in str(self.out_dir or runner.work_dir)
@@ -50,31 +51,46 @@ class WholeCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # longer for a moment
-        if local and is_main_process():
-            clean(self.out_dir, runner.work_dir)
+        if local:
+            with one_outcome():
+                self.make_folder(runner)
+        self.during_validation = None  # a validation that failed has left it
         state, self.resumed = self.resumed or {}, None
-        self.continue_batches(runner, state)
+        done = into_epoch(runner.train_loop, state) if state else 0
+        self.continue_batches(runner, state, done)
         if state:
             self.continue_generators(runner, state['generators'])
-            if self.lacks_validation(runner):
+            if not done and self.lacks_validation(runner):
                 runner.val_loop.run()
 
-    def continue_batches(self, runner: Runner, state: dict) -> None:
-        """Make the batches continue where the run stands."""
-        loop, left_out = runner.train_loop, 0
+    def make_folder(self, runner: Runner) -> None:
+        """Now, so that one which vanishes later is not made again."""
+        if not is_main_process():
+            return
+        try:
+            Path(self.out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FastViTError(
+                f'cannot make the folder for checkpoints, {self.out_dir} ({one_line(error)}): '
+                'choose another (default_hooks.checkpoint.out_dir)'
+            ) from error
+        clean(self.out_dir, runner.work_dir)
+
+    def continue_batches(self, runner: Runner, state: dict, done: int) -> None:
+        """Make the batches continue where the run stands, ``done`` batches into the epoch."""
+        loop = runner.train_loop
         batches = loop.dataloader.batch_sampler
         sampler = getattr(batches, 'sampler', None)
         if state.get('sampler_seed') is not None and hasattr(sampler, 'seed'):
             sampler.seed = state['sampler_seed']  # drawn anew if the config gives none
-        if isinstance(loop, EpochBasedTrainLoop) and state:
-            left_out = loop.iter - loop.epoch * state['epoch_length']
-            if left_out and state['epoch_length'] != len(loop.dataloader):
-                runner.logger.warning(
-                    'the data set or the batches have changed since the checkpoint was written: '
-                    f'epoch {loop.epoch + 1} begins again'
-                )
-                left_out = 0
-        follow(loop, runner.seed, left_out)
+        if done and state['epoch_length'] != len(loop.dataloader):
+            runner.logger.warning(
+                'the data set or the batches have changed since the checkpoint was written: '
+                f'epoch {loop.epoch + 1} begins again'
+            )
+            done = 0
+        self.began = loop.iter - done
+        follow(loop, runner.seed, done)
         if runner.val_loop is not None:
             seed_batches(runner.val_loop.dataloader, runner.seed, lambda: (0, 0))
 
@@ -86,31 +102,38 @@ class WholeCheckpointHook(CheckpointHook):
             runner.logger.warning('more processes than before: random numbers will differ')
 
     def lacks_validation(self, runner: Runner) -> bool:
-        """Whether a resumed run ended after a step and before the validation due after it."""
+        """Whether a run resumed between two epochs, or two iterations of a loop without epochs,
+        ended before the validation due there."""
         loop = runner.train_loop
-        by_epoch = isinstance(loop, EpochBasedTrainLoop)
-        within_epoch = by_epoch and loop.iter != loop.epoch * len(loop.dataloader)
-        if runner.val_loop is None or within_epoch:
+        if runner.val_loop is None:
             return False
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
         loop._decide_current_val_interval()
         done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
         due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
         return due and runner.message_hub.runtime_info.get('last_validation') != loop.iter
 
-    def state(self, runner: Runner) -> dict:
-        """What a checkpoint holds for resuming; called by all ranks."""
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.began = runner.iter
+        super().after_train_epoch(runner)
+
+    def state(self, runner: Runner, iteration: int) -> dict:
+        """What a checkpoint after ``iteration`` holds for resuming; called by all ranks."""
         loader = runner.train_loop.dataloader
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         sampler = getattr(loader.batch_sampler, 'sampler', None)
         return dict(
             generators=all_gather_object(self.during_validation or random_states()),
             sampler_seed=getattr(sampler, 'seed', None),
             epoch_length=len(loader),
+            into_epoch=iteration - self.began if by_epoch else 0,
         )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if runner._resume and (state := checkpoint['meta'].get(STATE)):
             parts = ('generators', 'sampler_seed', 'epoch_length')
             self.resumed = {part: state[part] for part in parts}
+            self.resumed['into_epoch'] = state.get('into_epoch')
 
     def before_val(self, runner: Runner) -> None:
         self.during_validation = random_states()
@@ -135,8 +158,11 @@ class WholeCheckpointHook(CheckpointHook):
             if self.by_epoch:
                 # The next one after an epoch replaces it.
                 name = f'iter_{iteration}.pth'
+                before = runner.message_hub.runtime_info.get('interrupted')
                 runner.message_hub.update_info('interrupted', name)
                 self.write(runner, name, meta)
+                if before and before != name:
+                    self.remove(before)
             else:
                 self._save_checkpoint_with_step(runner, iteration, meta)
         return self.last_ckpt
@@ -159,7 +185,7 @@ class WholeCheckpointHook(CheckpointHook):
         """Write a checkpoint, then its name to ``last_checkpoint``."""
         before, self.last_ckpt = self.last_ckpt, self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        meta = dict(meta, **{STATE: self.state(runner)})
+        meta = dict(meta, **{STATE: self.state(runner, meta['iter'])})
         try:
             with one_outcome():
                 runner.save_checkpoint(
@@ -207,6 +233,17 @@ class WholeCheckpointHook(CheckpointHook):
         path = self.file_backend.join_path(self.out_dir, path)
         if is_main_process() and self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+def into_epoch(loop: BaseLoop, state: dict) -> int:
+    """How many batches of the current epoch a resumed run has already trained."""
+    if not isinstance(loop, EpochBasedTrainLoop):
+        return 0
+    if state['into_epoch'] is not None:
+        return state['into_epoch']
+    # a checkpoint of an earlier version: right if all epochs were as long as the last
+    done = loop.iter - loop.epoch * state['epoch_length']
+    return done if 0 <= done <= state['epoch_length'] else 0
 
 
 def clean(*folders: str) -> None:

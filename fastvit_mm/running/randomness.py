@@ -22,11 +22,14 @@ def random_states(gpus: bool = True) -> dict:
 
 
 def set_random_states(states: dict) -> None:
+    """Restore what :func:`random_states` gave, its tensors on any device; states of more GPUs than
+    there are now are left out."""
     random.setstate(states['python'])
     np.random.set_state(states['numpy'])
-    torch.set_rng_state(states['torch'])
+    torch.set_rng_state(states['torch'].cpu())
     if states['cuda'] is not None:
-        torch.cuda.set_rng_state_all(states['cuda'])
+        for number, state in enumerate(states['cuda'][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.cpu(), number)
 
 
 def seed_generators(*numbers: int) -> None:
