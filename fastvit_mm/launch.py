@@ -128,12 +128,17 @@ class Runner(BaseRunner):
         finally:
             self.call_hook('restore')
 
+    def resume_latest(self):
+        """Resume the run in the work dir; if there is none yet, ``load_from`` stays as it is."""
+        if found := work_dir.latest(self.work_dir):
+            self._load_from, self._resume = found, True
+        else:
+            self.logger.info(f'no checkpoint in {self.work_dir} yet: starting a new run')
+
     def load_or_resume(self):
-        if self._resume and self._load_from is None:
-            self._load_from = work_dir.latest(self.work_dir)
-            if not self._load_from:
-                self.logger.info(f'no checkpoint in {self.work_dir} yet: starting a new run')
-            self._resume = self._load_from is not None
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._resume = False
+            self.resume_latest()
         super().load_or_resume()
 
     def resume(self, filename, *args, **kwargs):

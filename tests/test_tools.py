@@ -261,6 +261,35 @@ def test_train_resume_and_test(tool, tmp_path, task):
         refusal(result, 'nothing to reparameterize')
 
 
+def test_resume_before_there_is_a_checkpoint(tool, tmp_path, monkeypatch):
+    """The command that starts a run is the one that continues it: `load_from` holds until then."""
+    config, run = shallow(CLASSIFICATION, tmp_path), tmp_path / 'run'
+    model = randomize(fastvit_mm.init_model(apply_demo(Config.fromfile(config))))
+    torch.save(dict(state_dict=model.state_dict()), base := tmp_path / 'base.pth')
+    begun = []
+    monkeypatch.setattr(launch.Runner, 'resume', lambda self, file: begun.append(file))
+
+    def train(runner):
+        runner.call_hook('before_run')
+        runner.load_or_resume()
+        runner.load_or_resume()  # nothing more to do
+        begun.append(runner)
+
+    monkeypatch.setattr(launch.Runner, 'train', train)
+    command = ['train', config, '--demo', '--work-dir', run, '--resume']
+    command += ['--cfg-options', f'load_from={base}']
+    code, err = tool(*command)
+    assert code == 0, err
+    (first,) = begun
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert (first.cfg.get('resume'), first.cfg.load_from) == (False, str(base))
+    torch.save({}, checkpoint := run / 'epoch_1.pth')
+    code, err = tool(*command)
+    assert code == 0, err
+    assert begun[1] == checkpoint
+
+
 @pytest.mark.slow
 def test_a_signal_ends_a_training(home, tmp_path):
     """As Slurm warns, while two data workers read: a checkpoint, and the signal's exit code."""

@@ -46,9 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     train_options.apply(cfg, args)
     if args.resume and args.overwrite:
         raise FastViTError('--resume continues the earlier run, --overwrite replaces it: give one')
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume not in (None, 'auto'):
+        cfg.resume, cfg.load_from = True, args.resume
     if args.tensorboard:
         log_to_tensorboard(cfg)
     if cfg.get('load_from'):
@@ -58,8 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         cfg.merge_from_dict({'default_hooks.finite': hook})
     launch.check_data(cfg, 'train', 'val')
 
-    with work_dir.claim(cfg.work_dir, cfg.get('resume'), args.overwrite):
+    with work_dir.claim(cfg.work_dir, args.resume or cfg.get('resume'), args.overwrite):
         runner = launch.Runner.from_cfg(cfg)
+        if args.resume == 'auto':
+            runner.resume_latest()
         if args.overwrite:
             work_dir.clear(cfg.work_dir, keep=cfg.get('load_from'))
         runner.train()
