@@ -93,42 +93,53 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError):
         return False
 
 
-def latest(folder: str | Path) -> Path | None:
+def latest(folder: str | Path) -> Path | str | None:
     """The checkpoint to resume from: the one that ``last_checkpoint`` names or, if that is missing
-    or not whole, the newest one that is. None if there are none.
+    or not complete, the newest one that is. None if there are none.
+
+    An address in ``last_checkpoint`` (``s3://...``) is given as it is.
 
     Raises:
-        FastViTError: there are some, but none is whole.
+        FastViTError: there are some, but none is complete; or there was one, which is gone.
     """
     folder = Path(folder)
     hint = folder / 'last_checkpoint'
-    named = Path(hint.read_text(errors='replace').strip()) if hint.is_file() else None
-    first = []
-    if named and RESUMABLE.fullmatch(named.name):
-        # The work dir may have been moved, or its checkpoints may have a folder of their own.
-        first = [folder / named.name, *([named] if named.is_absolute() else [])]
-    for path in first:
+    text = hint.read_text(errors='replace').strip() if hint.is_file() else ''
+    if '://' in text:
+        return text
+    named = Path(text)
+    # The work dir may have been moved, or its checkpoints may have a folder of their own.
+    elsewhere = [named.absolute()] if len(named.parts) > 1 else []
+    for path in [folder / named.name, *elsewhere]:
         if is_whole(path):
             return path
-    folders = dict.fromkeys([folder, *(path.parent for path in first)])
-    found = [p for f in folders if f.is_dir() for p in f.iterdir() if RESUMABLE.fullmatch(p.name)]
+    folders = dict.fromkeys([folder, *(path.parent for path in elsewhere)])
+    found = [
+        p for f in folders if os.path.isdir(f) for p in f.iterdir() if RESUMABLE.fullmatch(p.name)
+    ]
+    what = f'names {text[:200]!r}, which is missing or not complete' if text else ''
     for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         if is_whole(path):
-            what = f'{named.name}, which is missing or not whole' if first else 'no checkpoint'
+            what = what or 'is missing or names no checkpoint'
             print_log(
-                f'{hint} names {what}: resuming from {path}, the newest whole one',
+                f'{hint} {what}: resuming from {path}, the newest complete one',
                 'current',
                 logging.WARNING,
             )
             return path
     if found:
         raise FastViTError(
-            f'no checkpoint in {folder} is whole ({found[0].name} is cut off or damaged): '
+            f'no checkpoint in {folder} is complete ({found[0].name} is cut off or damaged): '
             'start again with --overwrite'
+        )
+    if text:
+        raise FastViTError(
+            f'{hint} {what}, and there is no other checkpoint: put it back, name one with '
+            '--resume FILE, or start again with --overwrite'
         )
     return None
 
