@@ -17,8 +17,9 @@ from mmengine.config import Config
 from randomize import randomize
 
 import fastvit_mm
-from fastvit_mm import launch, weights
+from fastvit_mm import FastViTError, launch, weights
 from fastvit_mm.demo import apply_demo
+from fastvit_mm.running import processes, work_dir
 
 ROOT = Path(__file__).parent.parent
 SEGMENTATION = 'configs/segmentation/fpn_fastvit_sa36_ade20k.py'
@@ -288,6 +289,32 @@ def test_resume_before_there_is_a_checkpoint(tool, tmp_path, monkeypatch):
     code, err = tool(*command)
     assert code == 0, err
     assert begun[1] == checkpoint
+
+
+def test_a_work_dir_with_an_earlier_run(tool, tmp_path, monkeypatch):
+    """All ranks hear that it is refused; nothing is removed before the new run can begin."""
+    config, run = shallow(CLASSIFICATION, tmp_path), tmp_path / 'run'
+    run.mkdir()
+    torch.save({}, checkpoint := run / 'epoch_1.pth')
+    command = ['train', config, '--demo', '--work-dir', run]
+    refusal(tool(*command), 'epoch_1.pth', '--resume', '--overwrite')
+    begun = []
+    monkeypatch.setattr(launch.Runner, 'train', lambda self: begun.append(self))
+    code, err = tool(*command, '--overwrite')
+    assert code == 0 and checkpoint.is_file(), err
+    (hook,) = [h for h in begun[0].hooks if isinstance(h, work_dir.OverwriteHook)]
+    hook.before_train(begun[0])
+    assert not checkpoint.exists()
+
+    def join(launcher, settings):
+        assert settings == begun[0].cfg.env_cfg.dist_cfg
+        raise FastViTError(f'{launcher}: joined')
+
+    checkpoint.touch()
+    monkeypatch.setattr(processes, 'join', join)
+    for name in processes.LAUNCHERS['pytorch'][1]:
+        monkeypatch.setenv(name, '0')
+    refusal(tool(*command, '--launcher', 'pytorch'), 'pytorch: joined')
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """A run's folder: one run at a time writes to it, and what is in it can be resumed."""
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -9,13 +8,16 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mmengine.dist import master_only
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 
 from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.hooks.reparameterize import one_outcome
 
 RESUMABLE = re.compile(r'(epoch|iter)_\d+\.pth')
 WRITTEN = re.compile(rf'{RESUMABLE.pattern}|best_.+\.pth|last_checkpoint')
@@ -24,14 +26,11 @@ LOCK = '.lock'
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 
 
-def first_of_job() -> bool:
-    """Whether this process is the first of its job, before there is a process group."""
-    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
-
-
 @contextmanager
-def claim(folder: str | Path, resume: bool, overwrite: bool = False) -> Iterator[None]:
-    """Keep other processes from training in ``folder`` while the block runs.
+def claim(
+    folder: str | Path, resume: bool, overwrite: bool = False, launcher: str = 'none'
+) -> Iterator[None]:
+    """Keep other runs from training in ``folder`` while the block runs.
 
     The operating system forgets the lock of a process that ends, however it ends; unlike
     ``flock``, its data workers, which may live on for a moment, do not hold it.
@@ -39,15 +38,24 @@ def claim(folder: str | Path, resume: bool, overwrite: bool = False) -> Iterator
     Args:
         resume: the run continues the one whose checkpoints are there.
         overwrite: the run may replace them (:func:`clear`).
+        launcher: none, pytorch or slurm. Without one, each process is a run of its own; with one,
+            the first holds the folder for all, which have joined their process group.
 
     Raises:
         FastViTError: another process trains there, there are checkpoints of an earlier run and
             neither ``resume`` nor ``overwrite`` is set, or the folder cannot be written.
     """
-    if not first_of_job():
+    variable = dict(pytorch='RANK', slurm='SLURM_PROCID').get(launcher)
+    with ExitStack() as held:
+        with one_outcome():
+            if variable is None or os.environ.get(variable) == '0':
+                held.enter_context(locked(Path(folder), resume or overwrite))
         yield
-        return
-    folder = Path(folder)
+
+
+@contextmanager
+def locked(folder: Path, replaceable: bool) -> Iterator[None]:
+    """:func:`claim` in one process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open('a+')
@@ -58,18 +66,20 @@ def claim(folder: str | Path, resume: bool, overwrite: bool = False) -> Iterator
         ) from error
     with lock:
         try:
+            import fcntl
+
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             lock.seek(0)
             owner = lock.read().strip() or 'another process'
             raise FastViTError(
                 f'the work dir {folder} is in use by {owner}: wait, or choose another '
-                'with --work-dir'
+                f'with --work-dir{forgotten_launcher()}'
             ) from error
-        except OSError:
-            print_log(f'{folder}: its file system has no locks, so two runs could mix', 'current')
+        except (ImportError, OSError):  # Windows, some network file systems
+            print_log(f'{folder}: there are no locks here, so two runs could mix', 'current')
         earlier = sorted(p.name for p in folder.iterdir() if WRITTEN.fullmatch(p.name))
-        if earlier and not (resume or overwrite):
+        if earlier and not replaceable:
             raise FastViTError(
                 f'the work dir {folder} contains checkpoints of an earlier run ({earlier[0]}): add '
                 '--resume to continue it, --overwrite to replace it, or choose another '
@@ -80,11 +90,28 @@ def claim(folder: str | Path, resume: bool, overwrite: bool = False) -> Iterator
         yield
 
 
+def forgotten_launcher() -> str:
+    """What to add for a process that torchrun has started."""
+    several = int(os.environ.get('WORLD_SIZE', '1')) > 1
+    return ' (with torchrun: add --launcher pytorch)' if several else ''
+
+
+class OverwriteHook(Hook):
+    """Removes an earlier run's checkpoints when all that the new run needs has been built, its
+    data read and its weights loaded."""
+
+    priority = 'HIGHEST'
+
+    def before_train(self, runner: Runner) -> None:
+        clear(runner.work_dir, keep=runner._load_from)
+
+
 @master_only
 def clear(folder: str | Path, keep: str | Path | None = None) -> None:
     """Remove the checkpoints of an earlier run, except for ``keep``."""
     for path in Path(folder).iterdir():
-        if WRITTEN.fullmatch(path.name) and not (keep and path.samefile(keep)):
+        kept = keep and Path(keep).is_file() and path.samefile(keep)
+        if WRITTEN.fullmatch(path.name) and not kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -177,7 +204,7 @@ def says_if_not_writable(folder: str | Path) -> Iterator[None]:
         inside = error.filename is not None and folder in Path(str(error.filename)).parents
         if not folder.is_dir():
             raise FastViTError(f'the work dir {folder} has vanished: nothing was saved') from error
-        if error.errno in CANNOT_WRITE or inside:
+        if inside or (error.filename is None and error.errno in CANNOT_WRITE):
             raise FastViTError(
                 f'cannot write to the work dir {folder}: {one_line(error)}: '
                 'make room or choose another disk, then continue with --resume'
