@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as BaseRunner
 
 from . import data, failures, settings, weights
@@ -21,7 +20,7 @@ from .export import attach, is_exported
 from .hooks import AfterFailureHook
 from .reparameterize import network, unwrap
 from .running import processes, work_dir
-from .running.batches import death_of_worker
+from .running.batches import says_if_worker_dies
 from .running.train_options import compile_network
 from .running.watch import one_fate
 
@@ -118,15 +117,18 @@ class Runner(BaseRunner):
 
     def train(self):
         try:
-            with work_dir.says_if_not_writable(self.work_dir):
+            with work_dir.says_if_not_writable(self.work_dir), says_if_worker_dies(self):
                 return super().train()
-        except RuntimeError as error:
-            loops = [o for o in (self._train_loop, self._val_loop) if isinstance(o, BaseLoop)]
-            if death := death_of_worker(error, [loop.dataloader for loop in loops]):
-                raise death from error
-            raise
         finally:
             self.call_hook('restore')
+
+    def val(self):
+        with says_if_worker_dies(self):
+            return super().val()
+
+    def test(self):
+        with says_if_worker_dies(self):
+            return super().test()
 
     def resume_latest(self):
         """Resume the run in the work dir; if there is none yet, ``load_from`` stays as it is."""
