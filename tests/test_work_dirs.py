@@ -75,15 +75,15 @@ def test_a_missing_hint_is_said_to_be_missing(tmp_path, monkeypatch):
     assert 'last_checkpoint is missing or names no checkpoint' in said[0]
 
 
-def claims(folder, **environment):
+def claims(folder, launcher='none', **environment):
     """What another process is told that claims ``folder`` like a tool would."""
 
     def enter():
         os.environ.update(environment)
-        with work_dir.claim(folder, resume=False):
+        with work_dir.claim(folder, resume=False, launcher=launcher):
             pass
 
-    log = folder.parent / ' '.join(['stderr', *environment])
+    log = folder.parent / ' '.join(['stderr', launcher, *environment])
     return forked(enter, log=log), log.read_text()
 
 
@@ -94,8 +94,13 @@ def test_without_a_launcher_each_process_is_a_run(tmp_path):
         code, error = claims(run, RANK='1', WORLD_SIZE='2')
         assert code == 2 and f'in use by process {os.getpid()}' in error
         assert '--launcher pytorch' in error
-        code, error = claims(run, SLURM_PROCID='1')
-        assert code == 2 and 'in use' in error and '--launcher' not in error
+        for launcher, environment in (
+            ('none', dict(SLURM_PROCID='1')),
+            ('pytorch', dict(RANK='0', WORLD_SIZE='2')),
+        ):
+            code, error = claims(run, launcher, **environment)
+            assert code == 2 and 'in use' in error and '--launcher' not in error
+        assert claims(run, 'pytorch', RANK='1', WORLD_SIZE='2')[0] == 0  # the first has it
         assert claims(tmp_path / 'other', SLURM_PROCID='1')[0] == 0
     assert (tmp_path / 'other' / '.lock').is_file()
 

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg.merge_from_dict({'default_hooks.finite': hook})
     launch.check_data(cfg, 'train', 'val')
 
-    processes.join(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}))
+    processes.join(cfg.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg', {}))
     resume = args.resume or cfg.get('resume')
     with work_dir.claim(cfg.work_dir, resume, args.overwrite, cfg.launcher):
         runner = launch.Runner.from_cfg(cfg)

@@ -49,13 +49,15 @@ def claim(
     with ExitStack() as held:
         with one_outcome():
             if variable is None or os.environ.get(variable) == '0':
-                held.enter_context(locked(Path(folder), resume or overwrite))
+                several = launcher == 'none' and os.environ.get('WORLD_SIZE', '1') != '1'
+                mend = ' (with torchrun: add --launcher pytorch)' if several else ''
+                held.enter_context(locked(Path(folder), resume or overwrite, mend))
         yield
 
 
 @contextmanager
-def locked(folder: Path, replaceable: bool) -> Iterator[None]:
-    """:func:`claim` in one process."""
+def locked(folder: Path, replaceable: bool, mend: str = '') -> Iterator[None]:
+    """:func:`claim` in one process; ``mend`` is added to what is said if it is in use."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open('a+')
@@ -74,7 +76,7 @@ def locked(folder: Path, replaceable: bool) -> Iterator[None]:
             owner = lock.read().strip() or 'another process'
             raise FastViTError(
                 f'the work dir {folder} is in use by {owner}: wait, or choose another '
-                f'with --work-dir{forgotten_launcher()}'
+                f'with --work-dir{mend}'
             ) from error
         except (ImportError, OSError):  # Windows, some network file systems
             print_log(f'{folder}: there are no locks here, so two runs could mix', 'current')
@@ -88,12 +90,6 @@ def locked(folder: Path, replaceable: bool) -> Iterator[None]:
         lock.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
         yield
-
-
-def forgotten_launcher() -> str:
-    """What to add for a process that torchrun has started."""
-    several = int(os.environ.get('WORLD_SIZE', '1')) > 1
-    return ' (with torchrun: add --launcher pytorch)' if several else ''
 
 
 class OverwriteHook(Hook):
