@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as BaseRunner
 
 from . import data, failures, settings, weights
@@ -21,7 +20,7 @@ from .export import attach, is_exported
 from .hooks import AfterFailureHook
 from .reparameterize import network, unwrap
 from .running import processes, work_dir
-from .running.batches import death_of_worker
+from .running.batches import says_if_worker_dies
 from .running.train_options import compile_network
 from .running.watch import one_fate
 from .settings.widths import type_of
@@ -118,22 +117,30 @@ class Runner(BaseRunner):
 
     def train(self):
         try:
-            with work_dir.says_if_not_writable(self.work_dir):
+            with work_dir.says_if_not_writable(self.work_dir), says_if_worker_dies(self):
                 return super().train()
-        except RuntimeError as error:
-            loops = [o for o in (self._train_loop, self._val_loop) if isinstance(o, BaseLoop)]
-            if death := death_of_worker(error, [loop.dataloader for loop in loops]):
-                raise death from error
-            raise
         finally:
             self.call_hook('restore')
 
+    def val(self):
+        with says_if_worker_dies(self):
+            return super().val()
+
+    def test(self):
+        with says_if_worker_dies(self):
+            return super().test()
+
+    def resume_latest(self):
+        """Resume the run in the work dir; if there is none yet, ``load_from`` stays as it is."""
+        if found := work_dir.latest(self.work_dir):
+            self._load_from, self._resume = found, True
+        else:
+            self.logger.info(f'no checkpoint in {self.work_dir} yet: starting a new run')
+
     def load_or_resume(self):
-        if self._resume and self._load_from is None:
-            self._load_from = work_dir.latest(self.work_dir)
-            if not self._load_from:
-                self.logger.info(f'no checkpoint in {self.work_dir} yet: starting a new run')
-            self._resume = self._load_from is not None
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._resume = False
+            self.resume_latest()
         super().load_or_resume()
 
     def resume(self, filename, *args, **kwargs):

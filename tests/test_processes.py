@@ -246,6 +246,7 @@ def watched(monkeypatch):
         (b'', 'rank 1 died without a word'),
         (b'..rank 1 failed: no space left', 'rank 1 failed: no space left'),
         (b'...done', None),
+        (b'done.', None),  # a beat came between the word and the end of the connection
     ],
 )
 def test_last_words(watched, capfd, words, line):
@@ -267,6 +268,21 @@ def test_a_silent_machine(watched, capfd):
     assert not ended.is_set()
     assert ended.wait(10)
     assert 'rank 1 has been silent for 1 s' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('by_another', [False, True])
+def test_ctrl_c(watched, monkeypatch, by_another):
+    """The other ranks end as well, unless this one was already ending because of another."""
+    watch_it, other, ended = watched
+    monkeypatch.setattr(watch, 'watches', [mine := watch_it(60)])
+    if by_another:
+        assert mine.over.acquire(blocking=False)
+    with pytest.raises(KeyboardInterrupt), watch.one_fate():
+        raise KeyboardInterrupt
+    mine.say(watch.DONE)  # at exit
+    other.settimeout(10)
+    assert other.recv(100) == (b'done' if by_another else b'rank 0 was interrupted')
+    assert not ended.is_set()
 
 
 def test_a_launcher_that_did_not_start_this(monkeypatch):

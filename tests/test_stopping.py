@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.evaluator import Evaluator
 from mmengine.optim import OptimWrapper
 from small_runs import PER_EPOCH, At, Drawn, NamedDrawn, Net, files, forked, make_run, train
 from test_tools import load_tool
@@ -433,3 +434,29 @@ def test_a_data_worker_that_dies_names_its_file(tmp_path, by_epoch, number):
     assert 'image_7.jpg' in message and message.count('image_') == 1
     names = {9: 'Killed', 11: 'Segmentation fault'}
     assert names[number] in message or 'exited unexpectedly' in message  # as PyTorch finds it
+    assert 'smaller train_dataloader.num_workers)' in message
+
+
+@pytest.mark.parametrize('kind', ['training', 'val', 'test'])
+def test_a_data_worker_of_a_test_that_dies(tmp_path, kind):
+    """In a validation between two epochs, and in one or a test by itself."""
+
+    class Deadly(Drawn):
+        def __getitem__(self, i):
+            os.kill(os.getpid(), 9)
+
+    def run():
+        runner = make_run(tmp_path / 'run', workers=2)
+        runner._val_dataloader['dataset'] = Deadly()
+        if kind == 'test':
+            runner._test_dataloader, runner._test_evaluator = runner._val_dataloader, Evaluator([])
+            runner._test_loop = {}
+        (runner.train if kind == 'training' else getattr(runner, kind))()
+
+    assert forked(run, log=tmp_path / 'stderr') == 2
+    message = error_of(tmp_path / 'stderr')
+    loader = 'test' if kind == 'test' else 'val'
+    assert f'smaller {loader}_dataloader.num_workers)' in message
+    # only a training's workers take notes
+    assert ('while reading image_' in message) == (kind == 'training')
+    assert 'between' not in message

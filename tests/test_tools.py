@@ -18,8 +18,9 @@ from mmengine.hooks import EMAHook
 from randomize import randomize
 
 import fastvit_mm
-from fastvit_mm import launch, weights
+from fastvit_mm import FastViTError, launch, weights
 from fastvit_mm.demo import apply_demo
+from fastvit_mm.running import processes, work_dir
 
 ROOT = Path(__file__).parent.parent
 SEGMENTATION = 'configs/segmentation/fpn_fastvit_sa36_ade20k.py'
@@ -274,6 +275,61 @@ def test_train_resume_and_test(tool, tmp_path, task):
         deploy = ['model.backbone.deploy=True', 'model.neck.deploy=True']
         result = tool('test', config, checkpoint, *common, '--reparam', '--cfg-options', *deploy)
         refusal(result, 'nothing to reparameterize')
+
+
+def test_resume_before_there_is_a_checkpoint(tool, tmp_path, monkeypatch):
+    """The command that starts a run is the one that continues it: `load_from` holds until then."""
+    config, run = shallow(CLASSIFICATION, tmp_path), tmp_path / 'run'
+    model = randomize(fastvit_mm.init_model(apply_demo(Config.fromfile(config))))
+    torch.save(dict(state_dict=model.state_dict()), base := tmp_path / 'base.pth')
+    begun = []
+    monkeypatch.setattr(launch.Runner, 'resume', lambda self, file: begun.append(file))
+
+    def train(runner):
+        runner.call_hook('before_run')
+        runner.load_or_resume()
+        runner.load_or_resume()  # nothing more to do
+        begun.append(runner)
+
+    monkeypatch.setattr(launch.Runner, 'train', train)
+    command = ['train', config, '--demo', '--work-dir', run, '--resume']
+    command += ['--cfg-options', f'load_from={base}']
+    code, err = tool(*command)
+    assert code == 0, err
+    (first,) = begun
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert (first.cfg.get('resume'), first.cfg.load_from) == (False, str(base))
+    torch.save({}, checkpoint := run / 'epoch_1.pth')
+    code, err = tool(*command)
+    assert code == 0, err
+    assert begun[1] == checkpoint
+
+
+def test_a_work_dir_with_an_earlier_run(tool, tmp_path, monkeypatch):
+    """All ranks hear that it is refused; nothing is removed before the new run can begin."""
+    config, run = shallow(CLASSIFICATION, tmp_path), tmp_path / 'run'
+    run.mkdir()
+    torch.save({}, checkpoint := run / 'epoch_1.pth')
+    command = ['train', config, '--demo', '--work-dir', run]
+    refusal(tool(*command), 'epoch_1.pth', '--resume', '--overwrite')
+    begun = []
+    monkeypatch.setattr(launch.Runner, 'train', lambda self: begun.append(self))
+    code, err = tool(*command, '--overwrite')
+    assert code == 0 and checkpoint.is_file(), err
+    (hook,) = [h for h in begun[0].hooks if isinstance(h, work_dir.OverwriteHook)]
+    hook.before_train(begun[0])
+    assert not checkpoint.exists()
+
+    def join(launcher, settings):
+        assert settings == begun[0].cfg.env_cfg.dist_cfg
+        raise FastViTError(f'{launcher}: joined')
+
+    checkpoint.touch()
+    monkeypatch.setattr(processes, 'join', join)
+    for name in processes.LAUNCHERS['pytorch'][1]:
+        monkeypatch.setenv(name, '0')
+    refusal(tool(*command, '--launcher', 'pytorch'), 'pytorch: joined')
 
 
 @pytest.mark.slow

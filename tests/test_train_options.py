@@ -195,6 +195,41 @@ def test_what_cannot_be_done(given, words, monkeypatch):
         train_options.apply(cfg, options(*given))
 
 
+def accumulating(**more):
+    loader, wrapper = dict(batch_size=8), dict(type='OptimWrapper')
+    return Config(dict(dict(train_dataloader=loader, optim_wrapper=wrapper), **more))
+
+
+def test_accumulation_is_asked_for_once():
+    """A config that a run with --accumulate has saved has the larger batch and the hook."""
+    cfg = accumulating(custom_hooks=None)
+    train_options.apply(cfg, options('--accumulate', '2'))
+    before = copy.deepcopy(cfg)
+    assert cfg.train_dataloader.batch_size == 16 and len(cfg.custom_hooks) == 1
+    with pytest.raises(FastViTError, match=r'--accumulate 2.*AccumulateHook already'):
+        train_options.apply(cfg, options('--accumulate', '2'))
+    train_options.apply(cfg, options())
+    assert cfg.to_dict() == before.to_dict()
+    counts = dict(type='OptimWrapper', accumulative_counts=4)
+    cfg = accumulating(optim_wrapper=counts)
+    with pytest.raises(FastViTError, match=r'optim_wrapper.accumulative_counts=4.*one of them'):
+        train_options.apply(cfg, options('--accumulate', '2'))
+    assert cfg.train_dataloader.batch_size == 8
+
+
+def test_no_base_batch_size():
+    with pytest.raises(FastViTError, match=r'set auto_scale_lr.base_batch_size'):
+        train_options.apply(accumulating(auto_scale_lr=None), options('--auto-scale-lr'))
+
+
+def test_fp16_replaces_another_type(monkeypatch):
+    monkeypatch.setattr(train_options, 'get_device', lambda: 'cuda')
+    wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=512.0)
+    cfg = accumulating(optim_wrapper=wrapper)
+    train_options.apply(cfg, options('--amp', 'fp16'))
+    assert cfg.optim_wrapper.to_dict() == dict(wrapper, dtype='float16')
+
+
 def test_numbers_of_parts(capsys):
     for number in ('0', '-1', 'two'):
         with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ from mmengine.config import Config
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch, weights
 from fastvit_mm.errors import FastViTError, require
-from fastvit_mm.running import train_options, work_dir
+from fastvit_mm.running import processes, train_options, work_dir
 
 
 def log_to_tensorboard(cfg: Config) -> None:
@@ -45,10 +45,12 @@ def main(argv: list[str] | None = None) -> None:
     cfg = launch.load_config(args, training=True)
     train_options.apply(cfg, args)
     if args.resume and args.overwrite:
-        raise FastViTError('--resume continues the earlier run, --overwrite replaces it: give one')
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        raise FastViTError(
+            '--resume continues the run in the work dir, --overwrite begins another in its place: '
+            'give one (--resume also continues a run that was begun with --overwrite)'
+        )
+    if args.resume not in (None, 'auto'):
+        cfg.resume, cfg.load_from = True, args.resume
     if args.tensorboard:
         log_to_tensorboard(cfg)
     if cfg.get('load_from'):
@@ -58,10 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         cfg.merge_from_dict({'default_hooks.finite': hook})
     launch.check_data(cfg, 'train', 'val')
 
-    with work_dir.claim(cfg.work_dir, cfg.get('resume'), args.overwrite):
+    processes.join(cfg.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg', {}))
+    resume = args.resume or cfg.get('resume')
+    with work_dir.claim(cfg.work_dir, resume, args.overwrite, cfg.launcher):
         runner = launch.Runner.from_cfg(cfg)
+        if args.resume == 'auto':
+            runner.resume_latest()
         if args.overwrite:
-            work_dir.clear(cfg.work_dir, keep=cfg.get('load_from'))
+            runner.register_hook(work_dir.OverwriteHook())
         runner.train()
 
 

@@ -7,7 +7,8 @@ nothing twice, and needs no state of its data workers.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,7 +16,7 @@ from itertools import islice
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from fastvit_mm.errors import FastViTError
@@ -169,28 +170,53 @@ class Onward:
             return next(self.iterator)
 
 
+KINDS = ('train', 'val', 'test')
 DIED = re.compile(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)')
 
 
-def death_of_worker(error: RuntimeError, loaders: Sequence[DataLoader]) -> FastViTError | None:
+@contextmanager
+def says_if_worker_dies(runner: Runner) -> Iterator[None]:
+    """Turn the death of a data worker into one line.
+
+    Raises:
+        FastViTError: a data worker died; says what it was reading, as far as is known.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        loops = {f'{kind}_dataloader': getattr(runner, f'_{kind}_loop') for kind in KINDS}
+        loaders = {k: loop.dataloader for k, loop in loops.items() if isinstance(loop, BaseLoop)}
+        if death := death_of_worker(error, loaders):
+            raise death from error
+        raise
+
+
+def death_of_worker(error: RuntimeError, loaders: dict[str, DataLoader]) -> FastViTError | None:
     """What to say of a data worker's death, with the file that it was reading; None if ``error``
-    says something else."""
+    says something else.
+
+    Args:
+        loaders: by their names in the config.
+    """
     found = DIED.search(str(error))
     if not found:
         return None
     pids = {int(pid) for pid in found[1].split(',')}
+    known = {
+        name: [index for pid, index in loader.batch_sampler.notes.tolist() if pid in pids]
+        for name, loader in loaders.items()
+        if isinstance(loader.batch_sampler, Batches)
+    }
+    known = {name: places for name, places in known.items() if places}
     files = [
-        file_of(loader.dataset, index)
-        for loader in loaders
-        for pid, index in getattr(loader.batch_sampler, 'notes', torch.empty(0, 2)).tolist()
-        if pid in pids and index >= 0
+        file_of(loaders[n].dataset, i) for n, places in known.items() for i in places if i >= 0
     ]
     why = DIED.search(str(error.__cause__)) or found  # with the signal
-    reading = f'while reading {", ".join(files)}' if files else 'between two images'
+    reading = f' while reading {", ".join(files)}' if files else ' between two images' * bool(known)
+    numbers = ' or '.join(f'{name}.num_workers' for name in known or loaders)
     return FastViTError(
-        f'a data worker died {reading} ({why[2].partition(".")[0]}): if it was killed, memory '
-        'may have run out (train with a smaller train_dataloader.num_workers); '
-        'if not, look at the file'
+        f'a data worker died{reading} ({why[2].partition(".")[0]}): if it was killed, memory may '
+        f'have run out (set a smaller {numbers}); if not, look at the file'
     )
 
 

@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='N',
         help="batches of N times the config's size, computed in N parts with the memory of one; "
         'an iteration (max_iters, schedules) is one such batch. Equals the large batch up to '
-        'rounding, except that BatchNorm normalizes each part by itself',
+        'rounding, except that BatchNorm normalizes each part by itself and that Mixup and CutMix '
+        'are drawn for each part',
     )
     parser.add_argument(
         '--compile',
@@ -72,11 +73,9 @@ def apply(cfg: Config, args: argparse.Namespace) -> None:
     if args.amp:
         mixed_precision(cfg, args.amp)
     if args.accumulate > 1:
-        cfg.train_dataloader.batch_size *= args.accumulate
-        hook = dict(type='AccumulateHook', parts=args.accumulate)
-        cfg.custom_hooks = [*cfg.get('custom_hooks', []), hook]
+        accumulate(cfg, args.accumulate)
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise FastViTError(
                 '--auto-scale-lr needs the batch size for which the learning rate is meant: '
                 'set auto_scale_lr.base_batch_size in the config'
@@ -86,6 +85,23 @@ def apply(cfg: Config, args: argparse.Namespace) -> None:
         if args.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise FastViTError(f'--compile {args.compile}: one of {", ".join(known)}')
         cfg.compile = dict(backend=args.compile)
+
+
+def accumulate(cfg: Config, parts: int) -> None:
+    """Let an iteration take ``parts`` times the config's batch, in as many parts."""
+    hooks = cfg.get('custom_hooks') or []
+    if any(hook.get('type') == 'AccumulateHook' for hook in hooks):
+        raise FastViTError(
+            f'--accumulate {parts}: the config has an AccumulateHook already, as one that such a '
+            'run has saved: leave the option out, or start from the original config'
+        )
+    if (count := cfg.optim_wrapper.get('accumulative_counts', 1)) > 1:
+        raise FastViTError(
+            f'--accumulate {parts}: the config accumulates as well '
+            f'(optim_wrapper.accumulative_counts={count}): use one of them'
+        )
+    cfg.train_dataloader.batch_size *= parts
+    cfg.custom_hooks = [*hooks, dict(type='AccumulateHook', parts=parts)]
 
 
 def mixed_precision(cfg: Config, kind: str) -> None:
@@ -101,7 +117,7 @@ def mixed_precision(cfg: Config, kind: str) -> None:
         for key in ('dtype', 'loss_scale'):
             wrapper.pop(key, None)
     else:
-        wrapper.type = 'AmpOptimWrapper'
+        wrapper.type, wrapper.dtype = 'AmpOptimWrapper', 'float16'
         wrapper.setdefault('loss_scale', 'dynamic')
 
 

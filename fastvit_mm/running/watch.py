@@ -67,7 +67,7 @@ class Watch:
                 said, silent = said + data.lstrip(BEAT) if not said else said + data, 0
         except OSError:
             pass
-        words = said.decode(errors='replace')
+        words = said.decode(errors='replace').rstrip('.')  # a beat came in between
         if silent == 4:
             words = f'rank {other} has been silent for {self.patience:.0f} s: is its machine gone?'
         elif not words:
@@ -147,9 +147,15 @@ def call(host: str, port: int, token: str, rank: int) -> dict[int, socket.socket
 
 @contextmanager
 def one_fate() -> Iterator[None]:
-    """An error within it ends the other processes of the run as well, which otherwise wait."""
+    """An error or Ctrl-C within it ends the other processes of the run as well, which otherwise
+    wait."""
     try:
         yield
+    except KeyboardInterrupt:
+        for watch in watches:
+            if watch.over.acquire(blocking=False):
+                watch.say(f'rank {watch.rank} was interrupted')
+        raise
     except Exception as error:
         for watch in watches:
             watch.fail(error)
