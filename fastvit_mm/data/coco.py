@@ -51,6 +51,12 @@ def problems(content, file: str) -> Iterator[Problem]:
         yield from of_annotations(content, file)
 
 
+def unreadable(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f'cannot be read: {error.strerror or one_line(error)}'
+    return f'is no JSON: {one_line(error)}'
+
+
 def structure(content: dict, file: str) -> Iterator[Problem]:
     """Lists and keys without which nothing can be read."""
     for part, keys in NEEDED.items():
@@ -194,7 +200,7 @@ class SoundCOCO(COCO):
         except FastViTError:
             raise
         except (OSError, ValueError, RecursionError) as error:
-            raise FastViTError(f'{self.file} is no JSON: {one_line(error)}') from error
+            raise FastViTError(f'{self.file} {unreadable(error)}') from error
         except AssertionError as error:
             raise FastViTError(f'{self.file} holds a list, not an object') from error
 
