@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -58,11 +58,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(args: argparse.Namespace, training: bool = False) -> Config:
+def load_config(args: argparse.Namespace, training: bool = False, more: Iterable = ()) -> Config:
     """The config that the arguments ask for.
 
     Args:
         training: whether it will be trained, so that its training part must be in order.
+        more: further sections that must be in order.
 
     Raises:
         FastViTError: the file does not exist or cannot be read, or a setting is wrong.
@@ -79,7 +80,7 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
         from . import transforms  # noqa: F401  (a config's own custom_imports replace ours)
     elif cfg.get('default_scope') == 'mmdet':
         from .data import coco  # noqa: F401
-    reads = settings.TRAIN if training else settings.PREDICT
+    reads = settings.TRAIN if training else settings.PREDICT | set(more)
     settings.check(cfg, reads=settings.TRAIN if args.demo else reads)
     if args.demo:
         apply_demo(cfg)
