@@ -342,9 +342,9 @@ def test_inference_and_its_picture(name, tmp_path):
     assert same.shape == photo.shape and (same != photo).any()
     with pytest.raises(FastViTError, match='does not exist'):
         fastvit_mm.inference(model, tmp_path / 'no.png')
-    for content in (b'', b'no image', (tmp_path / 'photo.png').read_bytes()[:20]):
+    for content, wrong in ((b'', 'is empty'), (b'no image', 'is no image')):
         (tmp_path / 'broken.png').write_bytes(content)
-        with pytest.raises(FastViTError, match=r'broken\.png cannot be read'):
+        with pytest.raises(FastViTError, match=rf'broken\.png {wrong}'):
             fastvit_mm.inference(model, tmp_path / 'broken.png')
     deployed = fastvit_mm.init_model(cfg, tmp_path / 'hand.pth', reparam=True)
     found = fastvit_mm.inference(deployed, photo)

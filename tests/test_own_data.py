@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from fastvit_mm import FastViTError
-from fastvit_mm.data import STOPS, class_folders, coco, datasets_in, guard
+from fastvit_mm.data import SPOILS, STOPS, class_folders, coco, datasets_in, guard
 from fastvit_mm.data.check import annotation_problems
 from fastvit_mm.data.listing import Folders, loader_problems
 from fastvit_mm.data.reading import NamedPipeline
@@ -255,8 +255,11 @@ def test_links_in_class_folders(data):
             folder.rename(away)
             folder.mkdir()
             (folder / 'linked').symlink_to(away)
-            (folder / '.hidden.jpg').touch()
+            (folder / '.hidden').touch()
     fine(one)
+    (folder / 'linked').unlink()
+    (folder / '.hidden.jpg').touch()
+    agree(one, 'test', folder, 'holds no images', SPOILS)
 
 
 def test_a_class_folder_is_left_at_its_first_image(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 
+from fastvit_mm.data.reading import wrong_with
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.reparameterize import unwrap
 
@@ -40,8 +41,7 @@ def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
     if not isinstance(image, np.ndarray):
         path, image = Path(image), cv2.imread(str(image))
         if image is None:
-            what = 'cannot be read' if path.is_file() else 'does not exist'
-            raise FastViTError(f'image {path} {what}')
+            raise FastViTError(f'image {path} {wrong_with(path) or "cannot be read"}')
     steps = model.cfg.test_dataloader.dataset.pipeline
     with DefaultScope.overwrite_default_scope('mmengine'):
         pipeline = Compose([step for step in steps if step['type'] != 'LoadImageFromFile'])
