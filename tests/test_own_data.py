@@ -24,6 +24,7 @@ from fastvit_mm import FastViTError
 from fastvit_mm.data import SPOILS, STOPS, class_folders, coco, datasets_in, guard
 from fastvit_mm.data.check import annotation_problems
 from fastvit_mm.data.listing import Folders, loader_problems
+from fastvit_mm.data.paths import check_paths
 from fastvit_mm.data.reading import NamedPipeline
 
 drawn, data = test_bad_data.drawn, test_bad_data.data
@@ -289,6 +290,20 @@ def test_a_class_folder_is_left_at_its_first_image(tmp_path, monkeypatch):
     config = dict(type='CustomDataset', data_root=str(tmp_path))
     assert not [*class_folders.label_problems([config])]
     assert len([name for name in seen if name.endswith('.jpg')]) == 2
+
+
+def test_paths_that_need_not_be_there(data, tmp_path, monkeypatch):
+    """CIFAR10 fetches its files, CUB has no folders named as its splits, others must be there."""
+    cfg = data('classification').cfg
+    monkeypatch.chdir(tmp_path)
+    (root := Path('cub')).mkdir()
+    for kind, folder in (('CIFAR10', 'none'), ('CUB', root), ('mmpretrain.CIFAR10', 'none')):
+        cfg.train_dataloader.dataset = dict(type=kind, data_root=str(folder), split='train')
+        check_paths(cfg, 'train')
+    for kind, folder in (('CUB', 'none'), ('ImageNet', root)):
+        cfg.train_dataloader.dataset = dict(type=kind, data_root=str(folder), split='train')
+        with pytest.raises(FastViTError, match='data set not found'):
+            check_paths(cfg, 'train')
 
 
 # ------------------------------------------------------------------------------------------- COCO

@@ -1,5 +1,6 @@
 """What a config says about its data sets, looked up before anything is built."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +10,25 @@ from fastvit_mm.errors import FastViTError
 
 from .class_folders import label_problems
 from .problems import Problem, settle_once
-from .sets import datasets_of
+from .sets import datasets_of, kind_of
+
+#: Those that read the folder which is named as their split; most read a list of that name.
+SPLIT_IS_FOLDER = ('ImageNet', 'ImageNet21k', 'FreiHAND')
 
 
 def expected_paths(dataset: dict) -> list[str]:
     """Files and folders under its root that a data set's config names."""
-    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+    named = getattr(dataset['type'], '__name__', dataset['type']).rpartition('.')[2]
+    split = dataset.get('split') if named in SPLIT_IS_FOLDER else None
+    prefix = dataset.get('data_prefix') or split or ''
     parts = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
     return [p for p in [*parts, dataset.get('ann_file')] if p and isinstance(p, str | Path)]
+
+
+def downloads(dataset: dict, scope: str) -> bool:
+    """Whether a data set fetches what is missing, as mmpretrain's CIFAR10 does."""
+    kind = kind_of(dataset, scope)
+    return bool(kind) and 'download' in inspect.signature(kind).parameters
 
 
 def check_paths(cfg: Config, *stages: str) -> None:
@@ -28,11 +40,13 @@ def check_paths(cfg: Config, *stages: str) -> None:
     Raises:
         FastViTError: says what was expected where.
     """
+    scope = cfg.get('default_scope') or 'mmengine'
     found = [one for one in datasets_of(cfg, *stages) if one.get('data_root')]
     for dataset in found:
         root = Path(dataset['data_root'])
         paths = [root, *(root / p for p in expected_paths(dataset))]
-        if missing := [p for p in paths if not p.exists()]:
+        missing = [p for p in paths if not p.exists()]
+        if missing and not downloads(dataset, scope):
             same_root = [d for d in found if d['data_root'] == dataset['data_root']]
             layout = dict.fromkeys(str(p) for d in same_root for p in expected_paths(d))
             kind = getattr(dataset['type'], '__name__', dataset['type'])
