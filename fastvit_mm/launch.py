@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -58,11 +58,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(args: argparse.Namespace, training: bool = False) -> Config:
+def load_config(args: argparse.Namespace, training: bool = False, more: Iterable = ()) -> Config:
     """The config that the arguments ask for.
 
     Args:
         training: whether it will be trained, so that its training part must be in order.
+        more: further sections that must be in order.
 
     Raises:
         FastViTError: the file does not exist or cannot be read, or a setting is wrong.
@@ -83,9 +84,10 @@ def load_config(args: argparse.Namespace, training: bool = False) -> Config:
         settings.check(cfg)
         apply_demo(cfg)
     changes = settings.merge(cfg, args.cfg_options or {})
-    settings.check(cfg, changes, settings.TRAIN if training else settings.PREDICT)
+    settings.check(cfg, changes, settings.TRAIN if training else settings.PREDICT | set(more))
     settings.check_widths(cfg.model)
     processes.check(cfg, args.launcher)
+    processes.join(args.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg', {}))
     cfg.launcher = args.launcher
     folder = Path('work_dirs', 'demo' if args.demo else '', path.stem)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(folder)

@@ -158,9 +158,34 @@ def test_labels_follow_the_names_of_the_config(data, order):
     assert perfect(metric, one.lists(1)) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize('in_processes', [False, True])
+def test_the_ap_of_a_class_bears_its_name(data, in_processes):
+    """The config's order is neither that of the file nor that of the ids."""
+    one = data('detection')
+    change(one.lists(1), lambda c: c.update(categories=c['categories'][::-1]))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        metric = METRICS.build(
+            {**one.cfg.test_evaluator, 'classwise': True, 'use_mp_eval': in_processes}
+        )
+    coco, order = COCO(str(one.lists(1))), [CLASSES[i] for i in (3, 1, 4, 0, 2)]
+    present = {coco.cats[annotation['category_id']]['name'] for annotation in coco.anns.values()}
+    found = sorted(present)[:2]
+    others = [i for i, a in coco.anns.items() if coco.cats[a['category_id']]['name'] not in found]
+    results = evaluated(metric, one.lists(1), others, order)
+    for name in sorted(present):
+        wanted = pytest.approx(float(name in found), abs=1e-3)
+        assert results[f'coco/{name}_precision'] == wanted, (name, found, results)
+    assert results['coco/segm_mAP'] == pytest.approx(len(found) / len(present), abs=1e-3)
+
+
 def perfect(metric, file, leave_out=()):
-    """The mask AP of predictions that are the truth of a file, but for some annotations."""
-    metric.dataset_meta = dict(classes=CLASSES)
+    """The mask AP of :func:`evaluated`."""
+    return evaluated(metric, file, leave_out)['coco/segm_mAP']
+
+
+def evaluated(metric, file, leave_out=(), classes=CLASSES):
+    """Metrics of predictions that are the truth of a file, but for some annotations."""
+    metric.dataset_meta = dict(classes=classes)
     coco = COCO(str(file))
     for image in coco.dataset['images']:
         found = [one for one in coco.imgToAnns[image['id']] if one['id'] not in leave_out]
@@ -169,11 +194,11 @@ def perfect(metric, file, leave_out=()):
         boxes[:, 2:] += boxes[:, :2]
         shape = (image['height'], image['width'])
         masks = np.array([coco.annToMask(one) for one in found], bool).reshape(-1, *shape)
-        labels = torch.tensor([CLASSES.index(name) for name in names]).long()
+        labels = torch.tensor([classes.index(name) for name in names]).long()
         pred = dict(bboxes=boxes, labels=labels, scores=torch.ones(len(found)))
         pred['masks'] = torch.from_numpy(masks)
         metric.process({}, [dict(pred_instances=pred, img_id=image['id'], ori_shape=shape)])
-    return metric.evaluate(len(coco.imgs))['coco/segm_mAP']
+    return metric.evaluate(len(coco.imgs))
 
 
 def test_an_outline_of_two_points_is_ignored_by_the_metric(data):

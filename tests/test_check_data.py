@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_tools
@@ -94,3 +95,30 @@ def test_mistakes_in_its_arguments(data, tool):
     refusal(tool('check_data', 'configs/no.py'), 'configs/no.py')
     missing = one.folder / 'none' / 'report.json'
     refusal(tool('check_data', one.file, '--workers', 0, '--json', missing), str(missing))
+
+
+def test_a_mistake_in_a_data_set(data, tool):
+    """Of any stage, and in the pipeline: it is named, as in a run."""
+    one = data('classification')
+    pipeline = one.cfg.train_dataloader.dataset.pipeline
+    pipeline[0].type = 'LoadImagesFromFile'
+    one.write()
+    place = 'train_dataloader.dataset.pipeline.0'
+    refusal(tool('check_data', one.file, '--workers', 0), place, 'LoadImageFromFile')
+
+
+def test_a_data_set_that_cannot_be_built(data, tool):
+    """One without a data_root, so that nothing but its list tells where it is."""
+    one = data('detection')
+    for stage in ('train', 'val', 'test'):
+        dataset = one.cfg[f'{stage}_dataloader'].dataset
+        root = Path(dataset.pop('data_root'))
+        dataset.ann_file = str(root / dataset.ann_file)
+        dataset.data_prefix.img = str(root / dataset.data_prefix.img)
+    one.write()
+    assert tool('check_data', one.file, '--workers', 0)[0] == 0
+    one.lists(0).write_text('{')
+    assert tool('check_data', one.file, '--workers', 0)[0] == 2
+    one.cfg.train_dataloader.dataset.ann_file = str(one.folder / 'none.json')
+    one.write()
+    assert tool('check_data', one.file, '--workers', 0)[0] == 2

@@ -20,6 +20,7 @@ from test_hook import Noise, Spy, make_runner, tiny_model
 
 import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
+from fastvit_mm.data.problems import Problem, settle_once
 from fastvit_mm.running.sync_batch_norm import SyncBatchNorm
 
 pytestmark = pytest.mark.xdist_group('ranks')
@@ -256,6 +257,25 @@ def one_infinite_loss(rank, folder):
     return said, read
 
 
+def checks_of_data(rank, folder):
+    """Who looks at the data, and what each is told: of a missing file, of an error, of nothing."""
+    looked, told = [], []
+
+    def find(outcome):
+        looked.append(rank)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    for outcome in ([Problem('a.jpg', 'does not exist')], OSError('no disk'), []):
+        try:
+            settle_once(lambda outcome=outcome: find(outcome))
+            told.append(None)
+        except Exception as error:
+            told.append([type(error).__name__, str(error)])
+    return dict(looked=looked, told=told)
+
+
 SCENARIOS = (
     whole_run,
     one_wrong_merge,
@@ -264,7 +284,16 @@ SCENARIOS = (
     normalization,
     one_signal,
     one_infinite_loss,
+    checks_of_data,
 )
+
+
+def test_data_are_checked_once(results):
+    first, second = (result['checks_of_data'] for result in results)
+    assert (first['looked'], second['looked']) == ([0, 0, 0], [])
+    missing = ['FastViTError', 'a.jpg does not exist']
+    assert first['told'] == [missing, ['OSError', 'no disk'], None]
+    assert second['told'] == [missing, ['RuntimeError', 'rank 0 failed: no disk'], None]
 
 
 def test_a_whole_run(results):

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch
-from fastvit_mm.data.check import Report, check
+from fastvit_mm.data.check import STAGES, Report, check
 from fastvit_mm.data.problems import LEVELS
 from fastvit_mm.errors import FastViTError
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.workers < 0:
         raise FastViTError(f'--workers {args.workers} is negative: give 0 or more')
 
-    cfg = launch.load_config(args)
+    cfg = launch.load_config(args, more=[f'{stage}_dataloader' for stage in STAGES])
     # pycocotools prints to standard output, which is for the report
     with redirect_stdout(sys.stderr), Progress(console=Console(stderr=True)) as bar:
 

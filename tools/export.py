@@ -138,7 +138,7 @@ def real_files(cfg: Config) -> Iterator[Path]:
     """Files of the config's test set, in a fixed order."""
     for dataset in data.datasets_in(cfg.get('test_dataloader')):
         for part in data.expected_paths(dataset):
-            for folder, folders, files in os.walk(Path(dataset['data_root'], part)):
+            for folder, folders, files in os.walk(Path(dataset.get('data_root') or '', part)):
                 folders.sort()
                 yield from (
                     Path(folder, f)

@@ -7,7 +7,7 @@ from mmengine.config import Config
 import fastvit_mm  # noqa: F401
 from fastvit_mm import launch, weights
 from fastvit_mm.errors import FastViTError, require
-from fastvit_mm.running import processes, train_options, work_dir
+from fastvit_mm.running import train_options, work_dir
 
 
 def log_to_tensorboard(cfg: Config) -> None:
@@ -60,7 +60,6 @@ def main(argv: list[str] | None = None) -> None:
         cfg.merge_from_dict({'default_hooks.finite': hook})
     launch.check_data(cfg, 'train', 'val')
 
-    processes.join(cfg.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg', {}))
     resume = args.resume or cfg.get('resume')
     with work_dir.claim(cfg.work_dir, resume, args.overwrite, cfg.launcher):
         runner = launch.Runner.from_cfg(cfg)

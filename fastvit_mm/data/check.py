@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 from mmcv.transforms import LoadAnnotations
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
 
 from fastvit_mm.errors import FastViTError, one_line
@@ -16,9 +17,10 @@ from fastvit_mm.failures import root_cause, without_traceback
 
 from .class_folders import label_problems, layouts
 from .listing import build, loader_problems, where
-from .paths import check_paths, datasets_in, datasets_of
+from .paths import check_paths
 from .problems import NOTE, SPOILS, STOPS, Problem
-from .reading import Fit, guard, leaves, orientation
+from .reading import ClassIds, guard, leaves, orientation
+from .sets import datasets_in, datasets_of, is_local, kind_of
 
 STAGES = ('train', 'val', 'test')
 UNLABELLED = 'has no labelled pixel'
@@ -48,14 +50,16 @@ class Reader(Dataset):
 
     def __init__(self, dataset):
         self.dataset = dataset
-        steps = dataset.pipeline.transforms
-        self.fit = next((step for step in steps if isinstance(step, Fit)), None)
+        steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+        self.ids = next((step for step in steps if isinstance(step, ClassIds)), None)
         self.masks = next((step for step in steps if isinstance(step, LoadAnnotations)), None)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> list[Problem]:
+        if not isinstance(self.dataset, BaseDataset):
+            return self.of_own(index)
         sample = self.dataset.get_data_info(index)
         image = str(sample.get('img_path'))
         try:
@@ -66,15 +70,24 @@ class Reader(Dataset):
             return [Problem(image, f'cannot be used: {one_line(error)}')]
         return list(self.notes(self.dataset.get_data_info(index), image))
 
+    def of_own(self, index: int) -> list[Problem]:
+        """Of a sample of a class that is none of OpenMMLab's, in which all may be otherwise."""
+        try:
+            self.dataset[index]
+        except Exception as error:
+            found = root_cause(error) or FastViTError(f'{type(error).__name__}: {one_line(error)}')
+            return [as_problem(found, f'{where(self.dataset)}, sample {index}')]
+        return []
+
     def notes(self, sample: dict, image: str) -> Iterator[Problem]:
         """What a run takes as it is, though it may not be meant."""
         placed = sample.get('seg_map_path') or sample.get('instances')
         if placed and orientation(image) != 1:
             then = 'its boxes and masks must be those of the upright photo'
             yield Problem(image, 'is turned upright by its EXIF data', then, NOTE)
-        if sample.get('seg_map_path') and self.masks:
+        if sample.get('seg_map_path') and self.ids:
             mask = self.masks(sample)['gt_seg_map']
-            if not (mask != self.fit.ignore).any():
+            if not (mask != self.ids.ignore).any():
                 path = sample['seg_map_path']
                 yield Problem(path, UNLABELLED, 'nothing is learned or measured there', NOTE)
 
@@ -119,9 +132,11 @@ def strays(scope: str, datasets: list[dict]) -> Iterator[Problem]:
 
 def unused_masks(dataset) -> Iterator[Problem]:
     """mmseg starts from the images: masks of other names go unseen."""
-    folder = dataset.data_prefix.get('seg_map_path')
     suffix = getattr(dataset, 'seg_map_suffix', None)
-    if not folder or not suffix or dataset.ann_file:
+    if not suffix or not isinstance(dataset, BaseDataset) or not is_local(dataset):
+        return
+    folder = dataset.data_prefix.get('seg_map_path')
+    if not folder or dataset.ann_file:
         return
     used = {Path(dataset.get_data_info(i)['seg_map_path']) for i in range(len(dataset))}
     for path in sorted(set(Path(folder).rglob(f'*{suffix}')) - used):
@@ -130,22 +145,27 @@ def unused_masks(dataset) -> Iterator[Problem]:
 
 
 def annotation_problems(datasets: list[dict]) -> Iterator[Problem]:
-    """All problems of COCO's files, of which a run would name the first."""
+    """All problems of COCO's files, of which a run would name the first.
+
+    Files of other formats (LVIS, panoptic) and those that a project reads in its own way are left
+    to the run.
+    """
     from mmdet.datasets import CocoDataset
 
     from . import coco
 
-    with DATASETS.switch_scope_and_registry('mmdet') as registry:
-        kinds = [registry.get(one['type']) for one in datasets]
-    for one, kind in zip(datasets, kinds, strict=True):
-        own = isinstance(kind, type) and issubclass(kind, CocoDataset)
-        if not own or not one.get('ann_file'):
+    for one in datasets:
+        kind = kind_of(one, 'mmdet')
+        usual = kind and issubclass(kind, CocoDataset) and kind.COCOAPI is coco.SoundCOCO
+        if not usual or kind.load_data_list is not CocoDataset.load_data_list:
             continue
-        path = Path(one['data_root'], one['ann_file'])
+        if not one.get('ann_file') or not is_local(one):
+            continue
+        path = Path(one.get('data_root') or '', one['ann_file'])
         try:
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            yield Problem(str(path), f'is no JSON: {one_line(error)}')
+            yield Problem(str(path), coco.unreadable(error))
             continue
         found = list(coco.problems(content, str(path)))
         yield from found
@@ -190,7 +210,7 @@ def check(cfg: Config, workers: int = 0, progress: Callable | None = None) -> Re
             try:
                 built = build(loader)
             except FastViTError as error:
-                report.add([as_problem(root_cause(error), configs[0]['data_root'])])
+                report.add([as_problem(root_cause(error), configs[0].get('data_root') or stages)])
                 continue
             report.add(loader_problems(built))
             report.images[stages] = len(built.dataset)

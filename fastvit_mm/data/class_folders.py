@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from mmengine.registry import DATASETS
-
 from .problems import NOTE, SPOILS, Problem
+from .sets import kind_of
 
-IGNORED = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}
+IGNORED = {'Thumbs.db', 'desktop.ini'}
 
 
 class Layout:
@@ -22,7 +21,7 @@ class Layout:
     """
 
     def __init__(self, dataset: dict, kind: type):
-        root, split = Path(dataset['data_root']), dataset.get('split') or ''
+        root, split = Path(dataset.get('data_root') or ''), dataset.get('split') or ''
         prefix = dataset.get('data_prefix') or split
         self.folder = root / (prefix.get('img_path', '') if isinstance(prefix, dict) else prefix)
         given = dataset.get('ann_file')
@@ -36,7 +35,14 @@ class Layout:
         usual = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
         self.suffixes = tuple(dataset.get('extensions') or usual)
 
+    @property
+    def source(self) -> Path:
+        return self.labels or self.folder
+
     def problems(self) -> Iterator[Problem]:
+        if not self.source.exists():
+            yield Problem(str(self.source), 'does not exist')
+            return
         yield from self.in_list() if self.labels else self.in_folders()
 
     def in_list(self) -> Iterator[Problem]:
@@ -87,16 +93,30 @@ class Layout:
                 f'calls class {label} {other!r}',
             )
 
-    def images(self, folder: Path, others: bool = False) -> Iterator[Path]:
-        """Files that mmpretrain takes for images, or the others."""
-        for where, _, names in os.walk(folder):
-            for name in names:
-                if name not in IGNORED and name.lower().endswith(self.suffixes) != others:
-                    yield Path(where, name)
+    def images(self, folder: str | Path, others: bool = False) -> Iterator[Path]:
+        """Files that mmpretrain takes for images, or the others; links are followed."""
+        inner = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    inner.append(entry.path)
+                elif self.counts(entry.name) and self.is_image(entry.name) != others:
+                    yield Path(entry.path)
+        for one in inner:
+            yield from self.images(one, others)
+
+    @staticmethod
+    def counts(name: str) -> bool:
+        return not name.startswith('.') and name not in IGNORED
+
+    def is_image(self, name: str) -> bool:
+        return name.lower().endswith(self.suffixes)
 
     def strays(self) -> Iterator[Problem]:
         """Files beside the images, which nothing reads."""
-        for path in [] if self.labels else self.images(self.folder, others=True):
+        if self.labels or not self.folder.exists():
+            return
+        for path in self.images(self.folder, others=True):
             wrong = f'is no image by its name ({" ".join(self.suffixes)})'
             yield Problem(str(path), wrong, 'it is not used', NOTE)
 
@@ -107,17 +127,22 @@ def first_difference(one: Sequence, other: Sequence) -> tuple[int, tuple]:
 
 
 def layouts(datasets: Sequence[dict]) -> list[Layout]:
-    """Those data sets that have labels in one of the two layouts."""
+    """Those data sets that have labels in one of the two layouts, and read them as mmpretrain."""
     from mmpretrain.datasets import CustomDataset
 
     found = []
-    with DATASETS.switch_scope_and_registry('mmpretrain') as registry:
-        for one in datasets:
-            kind = registry.get(one['type']) if isinstance(one['type'], str) else one['type']
-            labelled = one.get('with_label', True) and one.get('split') != 'test'
-            if labelled and isinstance(kind, type) and issubclass(kind, CustomDataset):
-                found.append(Layout(one, kind))
+    for one in datasets:
+        kind = kind_of(one, 'mmpretrain')
+        labelled = one.get('with_label', True) and one.get('split') != 'test'
+        if labelled and kind and lists_like(kind, CustomDataset):
+            found.append(Layout(one, kind))
     return found
+
+
+def lists_like(kind: type, base: type) -> bool:
+    """Whether a class finds its samples as ``base`` does; a project's own subclass may not."""
+    ways = ('load_data_list', '_find_samples', 'is_valid_file')
+    return issubclass(kind, base) and all(getattr(kind, n) is getattr(base, n) for n in ways)
 
 
 def label_problems(datasets: Sequence[dict]) -> Iterator[Problem]:
@@ -129,7 +154,7 @@ def label_problems(datasets: Sequence[dict]) -> Iterator[Problem]:
     first = None
     for one in {(one.folder, one.labels): one for one in layouts(datasets)}.values():
         yield from one.problems()
-        if one.labels:
+        if one.labels or not one.source.exists():
             continue
         names = one.subfolders()
         if first and names != first[1]:

@@ -2,7 +2,8 @@
 
 Importing it makes mmdet read annotations through :class:`SoundCOCO`: mmdet takes the labels from
 the order of the file's categories, and the names from the config, so that names are swapped if the
-orders differ; it drops images with the same id and objects of unknown categories in silence.
+orders differ; it drops images with the same id and objects of unknown categories in silence. Its
+metrics evaluate through :class:`OrderedCOCOeval`, so that the AP of a class bears its name.
 """
 
 import logging
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
-from mmdet.evaluation.metrics import coco_metric
+from mmdet.evaluation.metrics import coco_metric, ov_coco_metric
 from mmengine.logging import print_log
 
 from fastvit_mm.errors import FastViTError, one_line
@@ -48,6 +49,12 @@ def problems(content, file: str) -> Iterator[Problem]:
         yield from of_categories(content, file)
         yield from of_images(content, file)
         yield from of_annotations(content, file)
+
+
+def unreadable(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f'cannot be read: {error.strerror or one_line(error)}'
+    return f'is no JSON: {one_line(error)}'
 
 
 def structure(content: dict, file: str) -> Iterator[Problem]:
@@ -193,7 +200,7 @@ class SoundCOCO(COCO):
         except FastViTError:
             raise
         except (OSError, ValueError, RecursionError) as error:
-            raise FastViTError(f'{self.file} is no JSON: {one_line(error)}') from error
+            raise FastViTError(f'{self.file} {unreadable(error)}') from error
         except AssertionError as error:
             raise FastViTError(f'{self.file} holds a list, not an object') from error
 
@@ -229,5 +236,30 @@ class MetricCOCO(SoundCOCO):
     of_metric = True
 
 
+class InOrder:
+    """pycocotools sorts the classes by id; mmdet then names them by their places in the config."""
+
+    def evaluate(self) -> None:
+        self.asked = list(self.params.catIds)
+        super().evaluate()
+
+    def accumulate(self, p=None) -> None:
+        super().accumulate(p)
+        if self.params.useCats:
+            places = [self.params.catIds.index(one) for one in self.asked]
+            for key in ('precision', 'scores', 'recall'):  # (..., class, area, detections)
+                self.eval[key] = self.eval[key][..., places, :, :]
+
+
+class OrderedCOCOeval(InOrder, coco_metric.COCOeval):
+    """Results by class are in the order in which the classes were asked for."""
+
+
+class OrderedCOCOevalMP(InOrder, coco_metric.COCOevalMP):
+    """The same in several processes."""
+
+
 CocoDataset.COCOAPI = SoundCOCO
 coco_metric.COCO = MetricCOCO
+for module in (coco_metric, ov_coco_metric):
+    module.COCOeval, module.COCOevalMP = OrderedCOCOeval, OrderedCOCOevalMP

@@ -1,37 +1,34 @@
 """What a config says about its data sets, looked up before anything is built."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from fastvit_mm.errors import FastViTError
 
 from .class_folders import label_problems
-from .problems import settle
+from .problems import Problem, settle_once
+from .sets import datasets_of, kind_of
 
-
-def datasets_in(node) -> Iterator[ConfigDict]:
-    """Every data set in a dataloader's config, including those in wrappers (RepeatDataset)."""
-    if isinstance(node, list | tuple):
-        for child in node:
-            yield from datasets_in(child)
-    elif isinstance(node, dict):
-        if 'data_root' in node:
-            yield node
-        for key in ('dataset', 'datasets'):
-            yield from datasets_in(node.get(key))
-
-
-def datasets_of(cfg: Config, *stages: str) -> list[ConfigDict]:
-    return [d for s in stages for d in datasets_in(cfg.get(f'{s}_dataloader'))]
+#: Those that read the folder which is named as their split; most read a list of that name.
+SPLIT_IS_FOLDER = ('ImageNet', 'ImageNet21k', 'FreiHAND')
 
 
 def expected_paths(dataset: dict) -> list[str]:
     """Files and folders under its root that a data set's config names."""
-    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+    named = getattr(dataset['type'], '__name__', dataset['type']).rpartition('.')[2]
+    split = dataset.get('split') if named in SPLIT_IS_FOLDER else None
+    prefix = dataset.get('data_prefix') or split or ''
     parts = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-    return [p for p in [*parts, dataset.get('ann_file')] if p]
+    return [p for p in [*parts, dataset.get('ann_file')] if p and isinstance(p, str | Path)]
+
+
+def downloads(dataset: dict, scope: str) -> bool:
+    """Whether a data set fetches what is missing, as mmpretrain's CIFAR10 does."""
+    kind = kind_of(dataset, scope)
+    return bool(kind) and 'download' in inspect.signature(kind).parameters
 
 
 def check_paths(cfg: Config, *stages: str) -> None:
@@ -43,15 +40,18 @@ def check_paths(cfg: Config, *stages: str) -> None:
     Raises:
         FastViTError: says what was expected where.
     """
-    found = datasets_of(cfg, *stages)
+    scope = cfg.get('default_scope') or 'mmengine'
+    found = [one for one in datasets_of(cfg, *stages) if one.get('data_root')]
     for dataset in found:
         root = Path(dataset['data_root'])
         paths = [root, *(root / p for p in expected_paths(dataset))]
-        if missing := [p for p in paths if not p.exists()]:
+        missing = [p for p in paths if not p.exists()]
+        if missing and not downloads(dataset, scope):
             same_root = [d for d in found if d['data_root'] == dataset['data_root']]
-            layout = dict.fromkeys(p for d in same_root for p in expected_paths(d))
+            layout = dict.fromkeys(str(p) for d in same_root for p in expected_paths(d))
+            kind = getattr(dataset['type'], '__name__', dataset['type'])
             raise FastViTError(
-                f'data set not found: {missing[0]} is missing; {dataset["type"]} expects '
+                f'data set not found: {missing[0]} is missing; {kind} expects '
                 f'{", ".join(layout)} under {root.resolve()}; see docs/data.md, '
                 'or add --demo to run on generated data'
             )
@@ -66,6 +66,10 @@ def check_data(cfg: Config, *stages: str) -> None:
     Raises:
         FastViTError: names the first folder or file that would stop the run.
     """
+    settle_once(lambda: problems(cfg, *stages))
+
+
+def problems(cfg: Config, *stages: str) -> Iterator[Problem]:
     check_paths(cfg, *stages)
     if cfg.get('default_scope') == 'mmpretrain':
-        settle(label_problems(datasets_of(cfg, *stages)))
+        yield from label_problems(datasets_of(cfg, *stages))

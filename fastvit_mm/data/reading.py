@@ -4,6 +4,7 @@ OpenCV refuses what is truncated or larger than 2**30 pixels, turns photos uprig
 data say, and makes three channels of 8 bits of anything. Masks are read as they are.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +16,18 @@ import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import BaseDataset, Compose
 from PIL import Image
+from torch.utils.data import Dataset
 
 from fastvit_mm.errors import FastViTError, one_line
 
 from .problems import Problem
+from .sets import is_local
 
 ORIENTATION = 0x0112  # EXIF: 1 is upright
 #: An image whose sides differ by more than this may lose one of them when it is resized.
 NARROW = 20
+#: What is in a sample once a file of it has been read, whose path is there from the beginning.
+LOADED = {'img': 'img_path', 'gt_seg_map': 'seg_map_path'}
 
 
 def decode(content: bytes) -> np.ndarray | None:
@@ -81,11 +86,12 @@ def orientation(path: str | Path) -> int:
         return 1
 
 
-def explain(error: Exception, results: dict) -> FastViTError | None:
+def explain(error: Exception, results: dict, local: bool = True) -> FastViTError | None:
     """The error that names the file of a sample that could not be read or processed.
 
     Args:
         results: the sample as the data set gave it, and as far as transforms have changed it.
+        local: whether its paths are those of files on this machine.
 
     Returns:
         None if the files are fine, so that something else is to blame.
@@ -96,7 +102,8 @@ def explain(error: Exception, results: dict) -> FastViTError | None:
         if not named:
             error.args = (Problem(str(image), f'cannot be used: {error}'),)
         return error
-    for path in (image, results.get('seg_map_path')):
+    for loaded, key in LOADED.items():
+        path = results.get(key) if local and loaded not in results else None
         if isinstance(path, str | Path) and (wrong := wrong_with(path)):
             return bad(path, wrong)
     if isinstance(error, KeyError) and error.args == ('mask',):
@@ -119,11 +126,15 @@ class NamedPipeline(Compose):
         RuntimeError: anything else; says at which file.
     """
 
+    def __init__(self, steps: list[Callable], local: bool = True):
+        super().__init__(steps)
+        self.local = local
+
     def __call__(self, data: dict) -> dict | None:
         try:
             return super().__call__(data)
         except Exception as error:
-            known = explain(error, data)
+            known = explain(error, data, self.local)
             if known is error:
                 raise
             what = f'{type(error).__name__}: {one_line(error)}'
@@ -131,19 +142,11 @@ class NamedPipeline(Compose):
 
 
 class Fit:
-    """A step after loading that stops at an image or mask that does not fit its annotations.
-
-    Args:
-        classes: number of classes in the masks, or None if unknown.
-        ignore: the label of pixels without one.
-    """
-
-    def __init__(self, classes: int | None, ignore: int = 255):
-        self.classes, self.ignore = classes, ignore
+    """A step after loading that stops at an image or mask of another size than its annotations."""
 
     def __call__(self, results: dict) -> dict:
         if 'gt_seg_map' in results:
-            results['gt_seg_map'] = self.fitting_mask(results)
+            self.check_mask(results)
         elif results.get('height') and results.get('width'):
             self.check_size(results)
         return results
@@ -157,15 +160,32 @@ class Fit:
             about = f'has {size_of(actual)} pixels{turned(path)}'
             raise bad(path, f'{about}, its annotations are for {size_of(stated)}')
 
-    def fitting_mask(self, results: dict) -> np.ndarray:
-        mask, path, image = (results[k] for k in ('gt_seg_map', 'seg_map_path', 'img_path'))
-        check_depth(path)
+    @staticmethod
+    def check_mask(results: dict) -> None:
+        mask, image = results['gt_seg_map'], results['img_path']
         shape = tuple(results['ori_shape'][:2])
         if mask.ndim < 2 and mask.size == shape[0] * shape[1]:  # mmcv squeezes a single row
-            mask = mask.reshape(shape)
-        if mask.shape != shape:
-            about = f'has {size_of(mask.shape)} pixels'
-            raise bad(path, f'{about}, its image {size_of(shape)}{turned(image)}')
+            results['gt_seg_map'] = mask.reshape(shape)
+        elif mask.ndim < 3 and mask.shape != shape:
+            about = f'has {size_of((1, *mask.shape)[-2:])} pixels'
+            wrong = f'{about}, its image {size_of(shape)}{turned(image)}'
+            raise bad(results.get('seg_map_path', image), wrong)
+
+
+class ClassIds:
+    """A step after mmseg's own loading that stops at a mask of anything but the config's classes.
+
+    Args:
+        classes: their number, or None if unknown.
+        ignore: the label of pixels without one.
+    """
+
+    def __init__(self, classes: int | None, ignore: int = 255):
+        self.classes, self.ignore = classes, ignore
+
+    def __call__(self, results: dict) -> dict:
+        mask, path = results['gt_seg_map'], results['seg_map_path']
+        check_depth(path)
         if self.classes is not None:
             outside = mask[(mask >= self.classes) & (mask != self.ignore)]
             if outside.size:
@@ -173,7 +193,7 @@ class Fit:
                 known = f'{first} to {self.classes - 1 + first}'
                 wrong = f'has the class id {int(outside[0]) + first}, the config has {known}'
                 raise bad(path, wrong)
-        return mask
+        return results
 
 
 def check_depth(path: str) -> None:
@@ -201,34 +221,51 @@ def turned(path: str) -> str:
     return ' when turned upright by its EXIF data'
 
 
-def leaves(dataset) -> Iterator[BaseDataset]:
+def leaves(dataset) -> Iterator[Dataset]:
     """The data sets in wrappers such as RepeatDataset and ConcatDataset."""
     inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
-    if inner is None:
+    inner = inner if isinstance(inner, list | tuple) else [inner]
+    if inner and all(isinstance(one, Dataset) for one in inner):
+        for one in inner:
+            yield from leaves(one)
+    else:
         yield dataset
-    for one in inner if isinstance(inner, list | tuple) else [inner] if inner else []:
-        yield from leaves(one)
 
 
 def guard(dataset) -> None:
     """Make a built data set name the file at which it fails, and check masks and sizes on the way.
 
-    Applies to all data sets of OpenMMLab's packages; calling it twice is harmless.
+    Applies to all data sets of OpenMMLab's packages that have their packages' pipeline, and to no
+    others; calling it twice is harmless.
     """
     for one in leaves(dataset):
-        pipeline = getattr(one, 'pipeline', None)
-        if pipeline is None or isinstance(pipeline, NamedPipeline):
-            continue
-        classes = one.metainfo.get('classes')
-        fit = Fit(len(classes) if classes else None, getattr(one, 'ignore_index', 255))
-        one.pipeline = NamedPipeline(with_step(pipeline.transforms, fit))
+        if isinstance(one, BaseDataset) and type(one.pipeline) is Compose:
+            local = is_local(one)
+            one.pipeline = NamedPipeline(with_checks(one.pipeline.transforms, one, local), local)
 
 
-def with_step(steps: list[Callable], fit: Fit) -> list[Callable]:
-    """``fit`` after each step that loads an image or annotations."""
+def with_checks(steps: list[Callable], dataset: BaseDataset, local: bool) -> list[Callable]:
+    """The steps, and checks after each that loads an image or annotations."""
     new = []
     for step in steps:
         for inner in getattr(step, 'subroutines', ()):  # TestTimeAug's
-            inner.transforms = with_step(inner.transforms, fit)
-        new += [step, fit] if isinstance(step, LoadImageFromFile | LoadAnnotations) else [step]
+            if isinstance(getattr(inner, 'transforms', None), list):
+                inner.transforms = with_checks(inner.transforms, dataset, local)
+        new.append(step)
+        if isinstance(step, LoadImageFromFile | LoadAnnotations):
+            new.append(Fit())
+        if local and loads_class_ids(step, dataset):
+            classes = dataset.metainfo.get('classes')
+            new.append(ClassIds(len(classes) if classes else None, dataset.ignore_index))
     return new
+
+
+def loads_class_ids(step: Callable, dataset: BaseDataset) -> bool:
+    """Whether this is mmseg's way to load masks: 8 bits of an image whose values are the classes.
+
+    Other packages' masks, and those of projects' own steps, may be of any kind.
+    """
+    mmseg = sys.modules.get('mmseg.datasets')  # what was never imported has built nothing
+    if mmseg is None or not isinstance(dataset, mmseg.BaseSegDataset):
+        return False
+    return type(step) is mmseg.LoadAnnotations and step.imdecode_backend == 'pillow'

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from mmengine.dist import is_main_process
+
 from fastvit_mm.errors import FastViTError, require
-from fastvit_mm.running.work_dir import first_of_job
 
 TITLES = dict(c='ImageNet-C', a='ImageNet-A', r='ImageNet-R', sketch='ImageNet-Sketch', real='ReaL')
 ROOTS = dict(
@@ -121,7 +122,7 @@ def check_released_corruptions(
             f'{len(wanted)} folders <corruption>/<severity>; choose with --corruptions and '
             '--severities, or name another place with --data-root c=DIR'
         )
-    if not first_of_job():
+    if not is_main_process():
         return
     counts = {part: check_folders(root / part, classes, 'ImageNet-C', 'c') for part in wanted}
     most = max(counts.values())
