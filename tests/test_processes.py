@@ -270,6 +270,25 @@ def test_a_silent_machine(watched, capfd):
     assert 'rank 1 has been silent for 1 s' in capfd.readouterr().err
 
 
+def test_an_error_of_its_own_is_not_blamed_on_another(watched, monkeypatch):
+    """Ranks that agreed to fail say so at about the same time."""
+    watch_it, other, ended = watched
+    monkeypatch.setattr(watch, 'watches', [watch_it(60)])
+
+    def fail_as_well():
+        other.sendall(b'rank 1 failed: rank 0 failed: in use')
+        other.shutdown(socket.SHUT_WR)
+
+    timer = threading.Timer(0.2, fail_as_well)
+    timer.start()
+    with pytest.raises(FastViTError, match='in use'), watch.one_fate():
+        raise FastViTError('in use')
+    timer.join()
+    assert not ended.is_set()
+    other.settimeout(10)
+    assert other.recv(100) == b'rank 0 failed: in use'
+
+
 @pytest.mark.parametrize('by_another', [False, True])
 def test_ctrl_c(watched, monkeypatch, by_another):
     """The other ranks end as well, unless this one was already ending because of another."""

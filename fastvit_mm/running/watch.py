@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from fastvit_mm.errors import one_line
+from fastvit_mm.errors import FastViTError, one_line
 
 BEAT, DONE = b'.', 'done'
 GREETING = 30  # seconds to wait for the others in the beginning
@@ -85,9 +85,13 @@ class Watch:
         os._exit(1)
 
     def fail(self, error: Exception) -> None:
-        """End because of an error in this process, unless it follows from another's death."""
+        """End because of an error in this process, unless it follows from another's death.
+
+        A FastViTError does not; where all ranks have agreed on one, each says its own.
+        """
+        own = isinstance(error, FastViTError) and self.over.acquire(blocking=False)
         time.sleep(2)
-        if not self.over.acquire(blocking=False):
+        if not own and not self.over.acquire(blocking=False):
             time.sleep(60)  # the other thread is ending this process
         self.say(f'rank {self.rank} failed: {one_line(error)}')
 
