@@ -656,6 +656,7 @@ def own(loaded):
         type='OwnModel',
         backbone=dict(type='resnet50', depth='deep', norm_cfg='bn', act_cfg=dict(fn='silu')),
         act_cfg='relu',
+        pretrained=False,
         loss='focal',
         data_preprocessor=cfg.pop('data_preprocessor'),
     )
@@ -671,7 +672,7 @@ def test_own_classes(own):
     settings.check(own)
     own.train_dataloader.dataset.pipeline = 'fast'
     options = {
-        'model.backbone.drop_rate_of_mine': 0.1,
+        'model.backbone.' + 'x' * 9: 0.1,  # a word that no file has
         'model.backbone.type': 'resnet101d',
         'model.pretrained': 'weights.pth',
         'model.act_cfg': 3,
