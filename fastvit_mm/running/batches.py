@@ -7,6 +7,8 @@ nothing twice, and needs no state of its data workers.
 
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,23 +186,23 @@ def says_if_worker_dies(runner: Runner) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not DIED.search(str(error)):
+            raise
+        if hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler would raise it once more, wherever this process is then
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         loops = {f'{kind}_dataloader': getattr(runner, f'_{kind}_loop') for kind in KINDS}
         loaders = {k: loop.dataloader for k, loop in loops.items() if isinstance(loop, BaseLoop)}
-        if death := death_of_worker(error, loaders):
-            raise death from error
-        raise
+        raise death_of_worker(error, loaders) from error
 
 
-def death_of_worker(error: RuntimeError, loaders: dict[str, DataLoader]) -> FastViTError | None:
-    """What to say of a data worker's death, with the file that it was reading; None if ``error``
-    says something else.
+def death_of_worker(error: RuntimeError, loaders: dict[str, DataLoader]) -> FastViTError:
+    """What to say of a data worker's death, with the file that it was reading.
 
     Args:
         loaders: by their names in the config.
     """
     found = DIED.search(str(error))
-    if not found:
-        return None
     pids = {int(pid) for pid in found[1].split(',')}
     known = {
         name: [index for pid, index in loader.batch_sampler.notes.tolist() if pid in pids]
