@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import mmengine.registry
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import Registry
 
 from fastvit_mm.errors import FastViTError
@@ -93,13 +94,13 @@ def imported(scope: object) -> ModuleType | None:
 
 
 def known_scope(scope: object) -> object:
-    """``scope``, after checking that it is not nearly, but not quite, that of a package.
+    """``scope``, after checking that it is not nearly that of a package, nor of a missing one.
 
     Any other word works: its registries may be in any module that the config imports, or nowhere,
     if all types are registered in mmengine's.
 
     Raises:
-        FastViTError: it is a typo.
+        FastViTError: it is a typo, or an OpenMMLab package that is not installed.
     """
     known = {'mmengine', 'mmdet', 'mmseg', 'mmpretrain'}
     found = imported(scope) or any(r._search_child(scope) is not None for r in ROOTS)
@@ -107,6 +108,8 @@ def known_scope(scope: object) -> object:
         raise FastViTError(
             f'default_scope {scope!r} is no package with registries: {suggestion(scope, known)}'
         )
+    if not found and scope in MODULE2PACKAGE:
+        raise FastViTError(f'default_scope {scope!r} needs {scope}, which is not installed')
     return scope
 
 
