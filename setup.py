@@ -44,6 +44,7 @@ EXTRAS = {
         'hypothesis>=6.100',
         'pytest',
         'pytest-randomly',
+        'pytest-timeout>=2.4',
         'pytest-xdist',
         'ruff',
         'setuptools>=70.1',
