@@ -48,7 +48,7 @@ def same_weights_in_any_order():
 
 @pytest.fixture(scope='session')
 def once(tmp_path_factory):
-    """once(name, compute): what compute() returns (as JSON), computed in one test process of all."""
+    """once(name, compute) returns what compute() does (JSON); one of all test processes runs it."""
     folder = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         folder = folder.parent
