@@ -2,6 +2,11 @@
 
 from importlib.util import find_spec
 
+from . import cli
+
+if cli.only_explains():  # without the seconds that the rest takes
+    cli.main()
+
 if not (find_spec('mmengine') and find_spec('mmcv')):
     raise ImportError(
         "fastvit_mm needs OpenMMLab's packages: in its checkout, pip install '.[onedl]' "

@@ -26,38 +26,6 @@ from .running.watch import one_fate
 from .settings.widths import type_of
 
 
-def debug_argument(parser: argparse.ArgumentParser) -> None:
-    """The argument that :func:`run` looks for."""
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
-
-
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of every tool that takes a config, for :func:`load_config`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file, or fastvit_mm::<task>/<name>')
-    parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=settings.OptionsAction,
-        help='settings to change: key=value ...',
-    )
-    debug_argument(parser)
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
-    return parser
-
-
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The same plus the arguments of the tools that start a run."""
-    parser = config_parser(description)
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher'
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    return parser
-
-
 def load_config(args: argparse.Namespace, training: bool = False, more: Iterable = ()) -> Config:
     """The config that the arguments ask for.
 

@@ -16,6 +16,7 @@ from torch._dynamo import register_backend
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastvit_mm import FastViTError, FastViTNeck, launch
+from fastvit_mm.cli import train
 from fastvit_mm.hooks.accumulate import split
 from fastvit_mm.running import train_options
 
@@ -51,7 +52,7 @@ def home(tmp_path_factory):
 
 def options(*given):
     parser = argparse.ArgumentParser()
-    train_options.add_arguments(parser)
+    train.add_arguments(parser)
     return parser.parse_args(given)
 
 

@@ -4,7 +4,7 @@ python tools/convert_weights.py SRC DST [--to timm|apple|mm] [--deploy] [--prefi
 
 import argparse
 
-from fastvit_mm import launch, weights
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,8 +25,10 @@ def main(argv: list[str] | None = None) -> None:
         '--prefix', help='convert only weights that start with PREFIX, if SRC has several models'
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
-    launch.debug_argument(parser)
+    options.debug_argument(parser)
     args = parser.parse_args(argv)
+
+    from fastvit_mm import weights
 
     converted = weights.convert_file(
         args.src, args.dst, args.to, args.deploy, args.prefix, args.force

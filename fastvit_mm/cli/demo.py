@@ -2,12 +2,14 @@
 
 import argparse
 
-from fastvit_mm import launch
-from fastvit_mm.demo.whole_run import whole_run
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    launch.debug_argument(parser)
+    options.debug_argument(parser)
     parser.parse_args(argv)
+
+    from fastvit_mm.demo.whole_run import whole_run
+
     whole_run()

@@ -5,10 +5,7 @@ python tools/test.py CONFIG CHECKPOINT|FILE.onnx|FILE.pt2|FILE.xml [--reparam] [
 import json
 from pathlib import Path
 
-import fastvit_mm  # noqa: F401
-from fastvit_mm import launch
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.export import is_exported
+from . import options
 
 # Settings of each package's visualization hook, to draw predictions.
 DRAW = {
@@ -22,12 +19,16 @@ DRAW = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.argument_parser('Test a checkpoint or an exported file.')
+    parser = options.argument_parser('Test a checkpoint or an exported file.')
     parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
     parser.add_argument('--reparam', action='store_true', help='test in the deploy form')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
     args = parser.parse_args(argv)
+
+    from fastvit_mm import launch
+    from fastvit_mm.errors import FastViTError
+    from fastvit_mm.export import is_exported
 
     cfg = launch.load_config(args)
     if args.reparam and is_exported(args.checkpoint):
