@@ -20,6 +20,7 @@ if at_import.wanted():
     install()  # before anything imports mmcv.ops
 
 from .apis import inference, init_model
+from .configs import list_models
 from .errors import FastViTError
 from .hooks import ReparameterizeHook
 from .models import ARCHS, FastViT, FastViTNeck
@@ -35,5 +36,6 @@ __all__ = [
     'inference',
     'init_model',
     'install',
+    'list_models',
     'reparameterize',
 ]

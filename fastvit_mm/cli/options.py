@@ -1,4 +1,4 @@
-"""Options that several commands have. So that help is quick, nothing here imports anything large."""
+"""Options that several commands have. Help has to be quick: nothing here imports anything large."""
 
 import argparse
 
