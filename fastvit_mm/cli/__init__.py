@@ -57,12 +57,10 @@ def main() -> None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(COMMANDS)}'
         sys.exit(print(f'error: there is no command {name}: {hint}', file=sys.stderr) or 2)
-    # what argparse calls the program in its help and its errors
-    sys.argv = [f'fastvit {name}', *rest]
     command = import_module(f'{__name__}.{name}').main
     if not HELP.isdisjoint(rest):
-        command()
+        command(rest)
 
     from fastvit_mm import launch
 
-    launch.run(command)
+    launch.run(command, rest)

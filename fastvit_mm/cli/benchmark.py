@@ -24,7 +24,7 @@ COMMANDS = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True)
     for name in COMMANDS:
         module = import_module(f'fastvit_mm.benchmarks.{name}')

@@ -2,14 +2,12 @@
 python tools/convert_weights.py SRC DST [--to timm|apple|mm] [--deploy] [--prefix PART] [--force]
 """
 
-import argparse
-
 from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description='Convert weights between the layouts of timm, the authors and OpenMMLab.'
+    parser = options.parser(
+        'Convert weights between the layouts of timm, the authors and OpenMMLab.'
     )
     parser.add_argument('src', help='file, URL or short name of the weights, in any layout')
     parser.add_argument('dst', help='file to write: .pth, .pth.tar or .safetensors')

@@ -14,8 +14,8 @@ from . import options
 
 def main(argv: list[str] | None = None) -> None:
     description, _, details = __doc__.partition('\n\n')
-    parser = argparse.ArgumentParser(
-        description=description,
+    parser = options.parser(
+        description,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
