@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
+    'init': 'write a config for images of your own',
     'train': 'train a config',
     'test': 'measure the accuracy of a checkpoint or an exported file',
     'infer': 'draw predictions on images, folders, videos',

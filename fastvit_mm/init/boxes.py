@@ -16,6 +16,8 @@ from .tree import Tree
 
 #: Each has ``lies_in(tree)``, which says what it recognizes, and ``read(tree)``.
 LAYOUTS = dict(coco=coco, yolo=yolo, voc=voc, labelme=labelme)
+#: What a file that the user names is.
+NAMED = {'.json': 'coco', '.yaml': 'yolo', '.yml': 'yolo'}
 
 
 def find(tree: Tree, val: float, seed: int, layout: str | None = None) -> Found:
@@ -27,6 +29,8 @@ def find(tree: Tree, val: float, seed: int, layout: str | None = None) -> Found:
     Raises:
         FastViTError: none or several layouts, or annotations of no use; says which.
     """
+    if tree.asked:
+        layout = layout or NAMED.get(tree.asked.suffix.lower())
     there = {name: what for name, one in LAYOUTS.items() if (what := one.lies_in(tree))}
     if layout and layout not in there:
         found = ', '.join(f'{name} ({what})' for name, what in there.items()) or 'none'

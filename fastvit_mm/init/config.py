@@ -80,6 +80,7 @@ def schedule(recipe: Recipe) -> list[str]:
         "    dict(type='CosineAnnealingLR', begin=warmup, end=epochs, eta_min_ratio=0.01,",
         '         convert_to_iter_based=True),',
         ']',
+        'auto_scale_lr = dict(base_batch_size=batch)',
         f'train_cfg = dict(max_epochs=epochs, val_interval={recipe.every})',
         f'default_hooks = dict(checkpoint=dict(interval={recipe.every}), logger=dict(interval=10))',
     ]
