@@ -15,7 +15,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from fastvit_mm import FastViTError
-from fastvit_mm.data import guard
+from fastvit_mm.data import build_checked, guard
 from fastvit_mm.demo.scenes import CLASSES, save
 from fastvit_mm.init import Machine, init
 from fastvit_mm.init.recipe import recipe
@@ -47,6 +47,15 @@ def refused(tmp_path, task, match, **kwargs):
         written(tmp_path, task, **kwargs)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists() or kwargs.get('overwrite')
+
+
+def draw_data(task, folder, number):
+    write = dict(
+        classification=foreign.class_folders,
+        detection=foreign.coco,
+        segmentation=foreign.images_and_masks,
+    )[task]
+    write(folder, number)
 
 
 def snapshot(folder):
@@ -565,6 +574,24 @@ def test_options(tmp_path, options, wrong):
 # ---------------------------------------------------------------------------- numbers and configs
 
 
+@pytest.mark.parametrize('task', ['classification', 'detection', 'segmentation'])
+def test_batches_larger_than_the_data(tmp_path, task):
+    """A line that says which number to lower; nothing of the sort with the config as written."""
+    draw_data(task, tmp_path / 'data', 10)
+    cfg, _ = written(tmp_path, task)
+    loader = cfg.train_dataloader
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        assert len(build_checked(loader)) >= 1
+        loader.batch_size = 500
+        if task == 'detection':  # its batches may be incomplete
+            assert len(build_checked(loader)) <= 2
+            return
+        with pytest.raises(FastViTError, match='images, fewer than a batch of 500'):
+            build_checked(loader)
+        loader.drop_last = False
+        assert len(build_checked(loader)) == 1
+
+
 def test_numbers_fit_images_and_machine():
     for task in ('classification', 'detection', 'segmentation'):
         few, many = (recipe(task, n, (640, 480), False, GPU) for n in (10, 100_000))
@@ -599,11 +626,7 @@ def test_averaged_weights_leave_the_start(tmp_path):
 
 @pytest.mark.parametrize('task', ['classification', 'detection', 'segmentation'])
 def test_configs_are_short_and_explained(tmp_path, task):
-    dict(
-        classification=foreign.class_folders,
-        detection=foreign.coco,
-        segmentation=foreign.images_and_masks,
-    )[task](tmp_path / 'data', 10)
+    draw_data(task, tmp_path / 'data', 10)
     cfg, said = written(tmp_path, task, pretrained='fastvit_sa12.apple_in1k', arch='sa12')
     text = (tmp_path / 'out/config.py').read_text()
     lines = text.splitlines()

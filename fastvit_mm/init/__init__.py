@@ -119,11 +119,17 @@ def save(out: Path, texts: dict[str, str]) -> None:
 
 def report(out: Path, found: Found, median: tuple[int, int], texts: dict[str, str]) -> list[str]:
     counts = ', '.join(f'{len(part)} {split}' for split, part in found.splits.items())
-    shown = ', '.join(found.classes[:20]) + (' ...' if len(found.classes) > 20 else '')
+    names = ', '.join(found.classes[:20]) + (' ...' if len(found.classes) > 20 else '')
+    where = shown(found.root)
     return [
-        f'{found.layout} in {found.root}: {counts} ({found.how}), {median[0]} x {median[1]} pixels',
-        f'{len(found.classes)} classes: {shown}',
+        f'{found.layout} in {where}: {counts} ({found.how}), {median[0]} x {median[1]} pixels',
+        f'{len(found.classes)} classes: {names}',
         *found.lines,
-        f'wrote {", ".join(str(out / name) for name in texts)}',
-        f'next: fastvit train {out / "config.py"}',
+        f'wrote {", ".join(shown(out / name) for name in texts)}',
+        f'next: fastvit train {shown(out / "config.py")}',
     ]
+
+
+def shown(path: Path) -> str:
+    """As the user would write it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
