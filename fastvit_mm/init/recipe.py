@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-#: By task, measured on generated scenes (docs/guides/from_scratch.md): the largest short side with
-#: and without a GPU; images in a batch, likewise; images seen in a run from scratch; learning rates
-#: from scratch and from weights, for the batch without a GPU.
-NUMBERS = {
-    'classification': dict(side=(256, 128), batch=(64, 32), seen=8000, lr=(2e-3, 5e-4)),
-    'segmentation': dict(side=(512, 128), batch=(16, 8), seen=3200, lr=(2e-3, 5e-4)),
-    'detection': dict(side=(800, 256), batch=(8, 4), seen=2400, lr=(4e-4, 2e-4)),
-}
-EPOCHS = (20, 100)  # at least and at most, from scratch
+#: By task, measured on generated scenes (docs/guides/from_scratch.md). Pairs are for a machine with
+#: a GPU and without: the largest short side, and the most images in a batch. ``seen``: images of a
+#: run from scratch, and ``epochs``: how few and how many that may be. ``lr``: from scratch and from
+#: weights, for the second batch.
+NUMBERS = dict(
+    classification=dict(
+        side=(256, 128), batch=(64, 32), seen=4800, epochs=(30, 100), lr=(2e-3, 5e-4)
+    ),
+    segmentation=dict(side=(512, 128), batch=(16, 8), seen=3200, epochs=(20, 100), lr=(2e-3, 5e-4)),
+    detection=dict(side=(800, 256), batch=(8, 4), seen=1200, epochs=(12, 60), lr=(4e-4, 2e-4)),
+)
 FROM_WEIGHTS = 0.4  # of the epochs from scratch
 SMALLEST = 64  # pixels: four stages leave 2 x 2 of them
 REGIONS = 64  # for each image without a GPU; Mask R-CNN has 512
@@ -58,7 +60,8 @@ def recipe(
     side, limit = min(median), known['side'][where]
     size = min(limit, max(SMALLEST, 32 * math.ceil(side / 32)))
     batch = batch_of(images, known['batch'][where])
-    epochs = min(max(round(known['seen'] / images), EPOCHS[0]), EPOCHS[1])
+    least, most = known['epochs']
+    epochs = min(max(round(known['seen'] / images), least), most)
     if weights:
         epochs = math.ceil(epochs * FROM_WEIGHTS)
     per_epoch = max(1, images // batch)
@@ -85,8 +88,8 @@ def recipe(
 
 
 def batch_of(images: int, most: int) -> int:
-    """A power of two with four batches or more in an epoch, if there are that many images."""
-    wanted = 2 ** math.floor(math.log2(max(2, images // 4)))
+    """A power of two with eight batches or more in an epoch, if there are that many images."""
+    wanted = 2 ** math.floor(math.log2(max(2, images // 8)))
     return min(most, wanted, images)
 
 
