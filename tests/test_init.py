@@ -562,6 +562,7 @@ def test_a_folder_within_the_data(tmp_path):
     [
         (dict(val=1.0), '--val 1'),
         (dict(arch='t9'), '--arch t9: one of t8'),
+        (dict(pretrained='fastvit_sa12.apple_in1k'), 'is for sa12: add --arch sa12'),
         (dict(unlabelled='9'), '--unlabelled 9 is no id of the masks; they have 0, 1'),
         (dict(names='none.txt'), 'none.txt cannot be read for names'),
     ],

@@ -9,7 +9,7 @@ from fastvit_mm.models.archs import ARCHS
 from . import boxes, config, folders, masks
 from .found import Found
 from .recipe import Machine, recipe
-from .tree import Tree, median_size
+from .tree import Tree, median_size, plain
 
 __all__ = ['TASKS', 'Found', 'Machine', 'init']
 
@@ -53,8 +53,9 @@ def init(
     Raises:
         FastViTError: the data cannot be used as it is, or ``out`` has files.
     """
-    out, machine = Path(out).absolute(), machine or Machine.here()
+    out, machine = plain(out), machine or Machine.here()
     check(out, task, arch, val, overwrite)
+    pretrained = weights_for(arch, pretrained)
     tree = Tree(data, skip=out)
     if out == tree.root or out in tree.root.parents:
         raise FastViTError(f'{out} holds the data: choose another folder for the config')
@@ -85,6 +86,20 @@ def check(out: Path, task: str, arch: str, val: float, overwrite: bool) -> None:
         raise FastViTError(f'{out} is a file: give a folder')
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise FastViTError(f'{out} has files: give another folder, or --overwrite')
+
+
+def weights_for(arch: str, pretrained: str | None) -> str | None:
+    """The weights as the config names them: a file by its whole path.
+
+    Raises:
+        FastViTError: they are published for another variant.
+    """
+    if pretrained is None or Path(pretrained).is_file():
+        return pretrained and str(plain(pretrained))
+    other = pretrained.partition('.')[0].removeprefix('fastvit_')
+    if other in ARCHS and other != arch:
+        raise FastViTError(f'--pretrained {pretrained} is for {other}: add --arch {other}')
+    return pretrained
 
 
 def images_of(task: str, found: Found) -> list[Path]:

@@ -31,7 +31,9 @@ class Machine:
 
     @classmethod
     def here(cls) -> 'Machine':
-        return cls(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
+        affinity = getattr(os, 'sched_getaffinity', None)  # which macOS lacks
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return cls(torch.cuda.is_available(), cores)
 
     def __str__(self) -> str:
         return 'a GPU' if self.gpu else f'{self.cores} CPU core{"s" * (self.cores != 1)}, no GPU'

@@ -33,7 +33,7 @@ class Tree:
     """
 
     def __init__(self, path: str | Path, skip: Path | None = None):
-        given = Path(path).expanduser().absolute()
+        given = plain(path)
         if not given.exists():
             raise FastViTError(f'--data {path} does not exist')
         self.asked = given if given.is_file() else None
@@ -77,6 +77,11 @@ class Tree:
             return json.loads((self.root / path).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise FastViTError(f'{self.root / path} is no JSON: {one_line(error)}') from error
+
+
+def plain(path: str | Path) -> Path:
+    """Absolute, without '..'; links stay."""
+    return Path(os.path.abspath(Path(path).expanduser()))
 
 
 def split_of(path: str | Path) -> str | None:
@@ -142,8 +147,10 @@ def divide(splits: dict, fraction: float, seed: int, groups=None) -> tuple[dict,
             parts = ' and '.join(known) or 'nothing'
             raise FastViTError(f'found images for {parts}, but none to train with')
         known['train'] = splits[None]
+    rest = len(splits.get(None, [])) if splits.get('train') else 0
+    others = f'; {rest} images beside them are not used' if rest else ''
     if known.get('val'):
-        return known, 'as the folders say'
+        return known, f'as the folders say{others}'
     wanted = groups(known['train']) if groups else None
     train, val = draw(known['train'], fraction, seed, wanted)
-    return {**known, 'train': train, 'val': val}, f'{fraction:g} drawn with seed {seed}'
+    return {**known, 'train': train, 'val': val}, f'{fraction:g} drawn with seed {seed}{others}'
