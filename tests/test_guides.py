@@ -105,9 +105,9 @@ def test_code_in_guides(page):
 
 
 LEARNING = {
-    'own_classes': (lambda: flowers(150), 8, 'accuracy/top1', 70),
-    'own_boxes': (lambda: foreign.yolo(Path('data/cells'), 40), 8, 'coco/bbox_mAP_50', 0.02),
-    'own_masks': (lambda: foreign.images_and_masks(Path('data/streets'), 40), 16, 'mIoU', 25),
+    'own_classes': (lambda: flowers(100), 12, 'accuracy/top1', 60),
+    'own_boxes': (lambda: foreign.yolo(Path('data/cells'), 40), 6, 'coco/bbox_mAP_50', 0.02),
+    'own_masks': (lambda: foreign.images_and_masks(Path('data/streets'), 30), 10, 'mIoU', 15),
 }
 
 

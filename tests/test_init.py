@@ -267,12 +267,16 @@ def test_masks_of_no_use(tmp_path):
 # ------------------------------------------------------------------------------------------- boxes
 
 
-def truth(number, **kwargs):
-    """By image: class name and box (left, top, right, bottom) of each object."""
+def truth(number, layout, **kwargs):
+    """By image: class name and box (left, top, right, bottom) of each object.
+
+    Pascal VOC's are those of the whole pixels that an object touches.
+    """
     found = {}
     for index, scene in enumerate(foreign.scenes(number, **kwargs)):
         lines = [(CLASSES[one.label], foreign.outline(one)) for one in scene.instances]
-        boxes = [(name, [*line.min(0), *line.max(0)]) for name, line in lines]
+        low, high = (np.floor, np.ceil) if layout == 'voc' else (np.array, np.array)
+        boxes = [(name, [*low(line.min(0)), *high(line.max(0))]) for name, line in lines]
         found[f'{index:04d}.jpg'] = boxes
     return found
 
@@ -295,7 +299,7 @@ LAYOUTS = {
     'coco': (foreign.coco, {}, 1e-6),
     'yolo': (foreign.yolo, {}, 1e-3),
     'yolo outlines': (foreign.yolo, dict(outlines=True), 1e-3),
-    'voc': (foreign.voc, {}, 1),  # whole pixels
+    'voc': (foreign.voc, {}, 1e-6),
     'labelme': (foreign.labelme, {}, 1e-6),
 }
 
@@ -309,7 +313,7 @@ def test_objects(tmp_path, name):
     before = snapshot(tmp_path / 'data')
     cfg, _ = written(tmp_path, 'detection')
     assert sorted(cfg.classes) == sorted(CLASSES)
-    expected, found = truth(10), {}
+    expected, found = truth(10, name), {}
     for split in ('train', 'val'):
         found |= seen_by_a_run(cfg, split)
     assert found.keys() == expected.keys()
@@ -398,7 +402,7 @@ def test_photos_that_are_turned(tmp_path, name):
     write(tmp_path / 'data', 10, **options)
     upright(tmp_path)
     cfg, _ = written(tmp_path, 'detection')
-    expected, found = truth(10), seen_by_a_run(cfg, 'train')
+    expected, found = truth(10, name), seen_by_a_run(cfg, 'train')
     for image, objects in found.items():
         for (kind, box), (other, seen, _) in zip(expected[image], objects, strict=True):
             assert kind == other and np.abs(np.array(box) - seen).max() < tolerance
