@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 
-from . import settings, weights
+from . import noise, settings, weights
 from .data import explain
 from .errors import FastViTError
 from .export import attach, is_exported
@@ -60,7 +60,8 @@ def init_model(
     elif scope == 'mmdet':
         from mmdet.apis import init_detector
 
-        model = init_detector(config, device=device, cfg_options={})
+        with noise.without('checkpoint is None, use COCO classes'):  # ours follow
+            model = init_detector(config, device=device, cfg_options={})
     elif scope == 'mmseg':
         from mmseg.apis import init_model as init_segmentor
 
