@@ -28,8 +28,7 @@ from .settings.widths import type_of
 
 def debug_argument(parser: argparse.ArgumentParser) -> None:
     """The argument that :func:`run` looks for."""
-    more = 'show every message, and the traceback of an error'
-    parser.add_argument('--debug', action='store_true', help=more)
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
