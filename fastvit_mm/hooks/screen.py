@@ -45,7 +45,7 @@ class ScreenHandler(logging.Handler):
         self.filters = former.filters
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.preparing, self.bar = True, None
-        self.facts = ''  # about the last iteration
+        self.facts = {}  # about the last iteration of train, val and test
         self.held = ''  # the last line that the bar replaced
         self.spoken = None  # when the last line about an iteration appeared
 
@@ -64,15 +64,17 @@ class ScreenHandler(logging.Handler):
             self.console.print(f'{record.levelname.lower()}: {text}', style=style)
         elif by_hook and record.funcName.endswith('_iter'):
             if self.bar is None:
-                self.say(text)
+                self.say(text, record.funcName.split('_')[1])
             elif record.funcName == 'after_train_iter':
                 self.held = text
         elif not self.preparing or record.pathname.startswith(PACKAGE):
             self.console.print(text)
 
-    def say(self, text: str) -> None:
-        """Show a line about an iteration."""
-        facts = self.facts if 'memory: ' not in text else self.facts.partition('  memory: ')[0]
+    def say(self, text: str, mode: str) -> None:
+        """Show a line about an iteration of train, val or test."""
+        facts = self.facts.get(mode, '')
+        if 'memory: ' in text:
+            facts = facts.partition('memory: ')[0]
         self.console.print(f'{text}  {facts}'.rstrip())
         self.spoken = time.monotonic()
 
@@ -176,7 +178,7 @@ class ScreenHook(Hook):
         """Of training, or of a test; whether its first iteration gets a line in any case."""
         if self.handler is None:
             return
-        self.redrawn, self.handler.facts = 0.0, ''
+        self.redrawn = 0.0
         if first_line:
             self.handler.spoken = None
         self.handler.release()
@@ -190,10 +192,6 @@ class ScreenHook(Hook):
         names = [n for h in savers for n in h.key_indicators if n in (metrics or {})]
         for name in names or list(metrics or ())[:1]:
             self.metric = f'{name.split("/")[-1]} {metrics[name]:.4g}'
-
-    def after_val(self, runner: Runner) -> None:
-        if self.handler is not None:
-            self.handler.facts = ''
 
     def after_run(self, runner: Runner) -> None:
         self.restore()
@@ -216,7 +214,7 @@ class ScreenHook(Hook):
             return
         now = time.monotonic()
         rate = images_per_second(runner.message_hub, mode, self.images)
-        self.handler.facts = f'{rate}memory: {memory()}'
+        self.handler.facts[mode] = f'{rate}memory: {memory()}'
         if self.handler.bar is not None:
             if now - self.redrawn > REDRAW or is_last(runner, batch_idx, mode):
                 self.redrawn = now
@@ -224,13 +222,13 @@ class ScreenHook(Hook):
         elif self.handler.spoken is None or now - self.handler.spoken > PATIENCE:
             parts = [title(runner, mode, batch_idx), f'eta: {time_left(runner)}']
             parts += [f'{name}: {value:.4f}' for name, value in losses(runner.message_hub, mode)]
-            self.handler.say('  '.join(parts))
+            self.handler.say('  '.join(parts), mode)
 
     def draw(self, runner: Runner, batch_idx: int, mode: str) -> None:
         training = mode == 'train'
         shown = [f'{name} {value:.4g}' for name, value in losses(runner.message_hub, mode)]
         shown[1:1] = [self.metric] if self.metric and training else []
-        facts = self.handler.facts.replace('images/s', 'img/s').replace('memory: ', '')
+        facts = self.handler.facts[mode].replace('images/s', 'img/s').replace('memory: ', '')
         self.handler.bar.update(
             self.handler.bar.task_ids[0],
             description=title(runner, mode),
