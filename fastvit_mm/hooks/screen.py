@@ -4,7 +4,7 @@ import atexit
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -157,7 +157,7 @@ class ScreenHook(Hook):
     priority = 'LOWEST'  # losses and times are known
 
     def __init__(self):
-        self.handler, self.metric, self.images, self.redrawn = None, '', 0, 0.0
+        self.handler, self.metric, self.redrawn = None, '', 0.0
 
     def before_run(self, runner: Runner) -> None:
         self.handler = take_over(runner.logger)
@@ -203,17 +203,14 @@ class ScreenHook(Hook):
             self.handler.bar = None
             self.handler.release()
 
-    def _before_iter(self, runner: Runner, batch_idx: int, data_batch=None, mode='train') -> None:
-        if self.handler is not None:
-            self.images = number_of_images(data_batch) * get_world_size()
-
     def _after_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None, mode='train'
     ) -> None:
         if self.handler is None:
             return
         now = time.monotonic()
-        rate = images_per_second(runner.message_hub, mode, self.images)
+        images = number_of_images(data_batch, outputs if mode != 'train' else None)
+        rate = images_per_second(runner.message_hub, mode, images * get_world_size())
         self.handler.facts[mode] = f'{rate}memory: {memory()}'
         if self.handler.bar is not None:
             if now - self.redrawn > REDRAW or is_last(runner, batch_idx, mode):
@@ -293,9 +290,9 @@ def memory() -> str:
     return f'{taken / 1e9:.1f} GB'
 
 
-def number_of_images(batch) -> int:
-    """In a batch of any OpenMMLab package; 0 if it is something else."""
-    inputs = batch.get('inputs') if isinstance(batch, dict) else None
-    if isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], Sequence):
-        inputs = inputs[0]  # augmented versions of the same images
-    return len(inputs) if hasattr(inputs, '__len__') else 0
+def number_of_images(batch, predictions=None) -> int:
+    """In a batch of any OpenMMLab package, or in what was predicted for it, which counts images
+    that were augmented several times once; 0 if it is something else."""
+    found = batch.get('inputs') if isinstance(batch, dict) else None
+    found = found if predictions is None else predictions
+    return len(found) if hasattr(found, '__len__') else 0
