@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -432,3 +433,28 @@ def test_memory_is_recycled():
     faults = [int(line) for line in run.stdout.split()]
     assert len(faults) == 5, run.stderr[-500:]
     assert max(faults[2:]) < 2000, faults  # 24,900 when large blocks went back to the system
+
+
+def said(model, x):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        model(x)
+    return [one for one in seen if 'deploy form' in str(one.message)]
+
+
+def test_training_the_deploy_form_warns_once(x):
+    model = randomize(FastViT(ARCH))
+    assert not said(model.train(), x)
+    model.switch_to_deploy()
+    assert not said(model.eval(), x)
+    (warning,) = said(model.train(), x)
+    assert warning.filename == __file__
+    assert not said(model, x)
+    assert len(said(FastViT(ARCH, deploy=True).train(), x)) == 1
+    # a frozen backbone below a head that is trained
+    assert not said(FastViT(ARCH, deploy=True, frozen_stages=4).train(), x)
+
+
+def test_training_the_deploy_form_compiles(x):
+    model = FastViT(ARCH, deploy=True).train()
+    torch.compile(model, backend='eager', fullgraph=True)(x)

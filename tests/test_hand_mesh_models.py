@@ -331,6 +331,12 @@ def test_inference_and_its_picture(name, tmp_path):
     cv2.imwrite(str(tmp_path / 'photo.png'), photo)
     samples = fastvit_mm.inference(model, [photo, tmp_path / 'photo.png'])
     torch.testing.assert_close(samples[0].pred_verts, samples[1].pred_verts)
+    other = np.random.default_rng(1).integers(0, 256, (90, 80, 3), np.uint8)
+    several = fastvit_mm.inference(model, [other, photo, other[:50]], batch_size=2)
+    alone = fastvit_mm.inference(model, other)
+    assert relative(several[0].pred_uv, alone.pred_uv) < 1e-4
+    assert relative(several[1].pred_uv, samples[0].pred_uv) < 1e-4
+    assert relative(samples[0].pred_uv, alone.pred_uv) > 1e-2, 'it tells the photos apart'
     # points of the square that the network saw, in the photo: 120 pixels are 224, 30 are added
     fitted = run([dict(type='FitHand', scale=224)], dict(img=photo))['img']
     square = fastvit_mm.inference(model, fitted)

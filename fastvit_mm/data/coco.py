@@ -4,6 +4,7 @@ Importing it makes mmdet read annotations through :class:`SoundCOCO`: mmdet take
 the order of the file's categories, and the names from the config, so that names are swapped if the
 orders differ; it drops images with the same id and objects of unknown categories in silence. Its
 metrics evaluate through :class:`OrderedCOCOeval`, so that the AP of a class bears its name.
+pycocotools no longer prints what it is about to do.
 """
 
 import logging
@@ -11,12 +12,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pycocotools.coco
+import pycocotools.cocoeval
 from mmdet.datasets import CocoDataset
-from mmdet.datasets.api_wrappers import COCO
+from mmdet.datasets.api_wrappers import COCO, cocoeval_mp
 from mmdet.evaluation.metrics import coco_metric, ov_coco_metric
 from mmengine.logging import print_log
 
 from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.noise import print_unknown
 
 from .problems import NOTE, SPOILS, STOPS, Problem, settle
 
@@ -263,3 +267,5 @@ CocoDataset.COCOAPI = SoundCOCO
 coco_metric.COCO = MetricCOCO
 for module in (coco_metric, ov_coco_metric):
     module.COCOeval, module.COCOevalMP = OrderedCOCOeval, OrderedCOCOevalMP
+for module in (pycocotools.coco, pycocotools.cocoeval, cocoeval_mp):
+    module.print = print_unknown

@@ -27,7 +27,6 @@ def init_hand_mesh(config: Config, device: str = 'cpu') -> nn.Module:
         return MODELS.build(config.model).to(device)
 
 
-@torch.no_grad()
 def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
     """A hand in an image: ``pred_verts`` (778, 3) and ``pred_xyz`` (21, 3), metres, relative to the
     head's root joint; ``pred_uv`` (21, 2), pixels of the image given; ``faces`` (1538, 3).
@@ -38,13 +37,24 @@ def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
     Raises:
         FastViTError: a path of no image.
     """
+    return compute(model, [prepare(model, image)])[0]
+
+
+def prepare(model: nn.Module, image: str | Path | np.ndarray) -> dict:
+    """An image as the config's pipeline gives it."""
     if not isinstance(image, np.ndarray):
         image = read(image)
     steps = model.cfg.test_dataloader.dataset.pipeline
     with DefaultScope.overwrite_default_scope('mmengine'):
         pipeline = Compose([step for step in steps if type_of(step) != 'LoadImageFromFile'])
-    packed = pipeline(dict(img=image))
-    return in_original(model.test_step(pseudo_collate([packed]))[0], model.head.faces)
+    return pipeline(dict(img=image))
+
+
+@torch.no_grad()
+def compute(model: nn.Module, samples: list[dict]) -> list[HandSample]:
+    """The hands in prepared images of one size."""
+    found = model.test_step(pseudo_collate(samples))
+    return [in_original(one, model.head.faces) for one in found]
 
 
 def read(path: str | Path) -> np.ndarray:

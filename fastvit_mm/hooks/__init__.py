@@ -4,6 +4,7 @@ from .accumulate import AccumulateHook
 from .after_failure import AfterFailureHook
 from .finite_loss import FiniteLossHook
 from .reparameterize import ReparameterizeHook
+from .screen import ScreenHook
 from .stop_on_signal import StopOnSignalHook
 from .sync_statistics import SyncStatisticsHook
 from .whole_checkpoint import WholeCheckpointHook
@@ -13,6 +14,7 @@ __all__ = [
     'AfterFailureHook',
     'FiniteLossHook',
     'ReparameterizeHook',
+    'ScreenHook',
     'StopOnSignalHook',
     'SyncStatisticsHook',
     'WholeCheckpointHook',

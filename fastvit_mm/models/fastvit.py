@@ -5,6 +5,7 @@ training form; :mod:`.deploy` has the modules for inference. A variant is a row 
 :data:`.archs.ARCHS`. Parameter names are timm's, so that timm's weights load without conversion.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -353,6 +354,8 @@ class FastViT(BaseModule):
         FastViTError: an invalid argument, or an input smaller than 32 x 32.
     """
 
+    branchless = False  # and nobody has been warned of training it
+
     def __init__(
         self,
         arch: str | dict = 'sa36',
@@ -439,6 +442,8 @@ class FastViT(BaseModule):
                         nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.branchless and self.training and not torch.compiler.is_compiling():
+            self.warn_of_training()
         x = self.stem(checked(x, self.training))
         outs = []
         for i, stage in enumerate(self.stages):
@@ -457,6 +462,16 @@ class FastViT(BaseModule):
         """
         deploy_parts(self)
         self.freeze()
+        self.branchless = True
+
+    def warn_of_training(self) -> None:
+        self.branchless = False  # once is enough
+        if any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                'FastViT trains in its deploy form, without the branches and BatchNorms that '
+                'training needs: train first, call switch_to_deploy() afterwards',
+                stacklevel=5,
+            )
 
     def training_form(self) -> 'FastViT':
         """A new network of the same shape with all branches and without output norms."""
