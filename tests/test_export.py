@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
 from randomize import randomize, relative
 from test_tools import (
@@ -28,7 +29,7 @@ import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.export import FORMATS, Session, attach, export, formats, verify
-from fastvit_mm.export.graphs import paste
+from fastvit_mm.export.graphs import AveragePool, paste
 from fastvit_mm.export.verify import Limits, compare_detections
 from fastvit_mm.reparameterize import absorb_output_norms, reparameterize
 
@@ -379,6 +380,41 @@ def test_fixed_sizes_and_batches(models, tmp_path):
         assert relative(session(x)['logits'], model(x, mode='tensor')) < 1e-5
     with pytest.raises(FastViTError, match='takes images of 64 x 96 pixels, not of 64 x 64'):
         session(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('cells', [2, 6, (3, 5), (None, 4)])
+@pytest.mark.parametrize('size', [(1, 1), (3, 5), (6, 6), (7, 16), (16, 7)])
+def test_pooling_to_a_grid_is_pytorchs(cells, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    wanted = torch.nn.AdaptiveAvgPool2d(cells)(x)
+    assert relative(AveragePool(cells)(x), wanted) < 1e-14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dynamic', [True, False])
+def test_upernet(models, dynamic, tmp_path):
+    """Its features are pooled to grids; at each size, the file predicts what mmseg does."""
+    cfg = copy.deepcopy(models[SEGMENTATION][0].cfg)
+    widths, head = cfg.model.neck.in_channels, cfg.model.decode_head
+    del cfg.model.neck
+    for key in ('feature_strides', 'in_channels', 'in_index'):
+        head.pop(key)
+    head.update(type='UPerHead', in_channels=widths, in_index=[0, 1, 2, 3], channels=32)
+    head.update(pool_scales=(1, 2, 3, 6))
+    model = randomize(fastvit_mm.init_model(cfg))
+    export(model, path := tmp_path / 'uper.onnx', size=(96, 160), dynamic=dynamic)
+    session = Session(path)
+    others = [(64, 64), (224, 160), (288, 352), (100, 130)] if dynamic else []
+    for size in [(96, 160), *others]:
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            wanted = F.interpolate(model(x, mode='tensor'), size, mode='bilinear')
+        assert relative(session(x)['logits'], wanted) < 1e-5, size
+    if dynamic:  # the whole way of an image, at the sizes that the pipeline gives
+        image = noise(70, 101)
+        wanted = fastvit_mm.inference(model, image).pred_sem_seg.data
+        found = fastvit_mm.inference(attach(copy.deepcopy(model), path), image).pred_sem_seg.data
+        assert len(wanted.unique()) > 1 and (found == wanted).float().mean() > 0.999
 
 
 def test_half(models, tmp_path):
