@@ -20,6 +20,7 @@ from .layouts import (
 )
 from .loading import drop_pretrained, load, prepare
 from .states import first
+from .whole_files import convert_file
 
 __all__ = [
     'SHARED',
@@ -27,6 +28,7 @@ __all__ = [
     'authors_to_timm',
     'check_target',
     'convert',
+    'convert_file',
     'describe',
     'drop_pretrained',
     'find',
