@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from .per_image import Judged, class_rates
 from .report import aligned
 
-BACKGROUND = 'background'
 SHOWN = 30  # rows of a table on the screen
 LEGIBLE = 40  # classes of a picture
 FINGERS = ('thumb', 'index', 'middle', 'ring', 'little')
@@ -28,28 +27,23 @@ def confusion(judged: Sequence[Judged], classes: int) -> np.ndarray:
     return table
 
 
-def names_of(classes: Sequence[str] | None, number: int) -> list[str]:
-    """A name for each of ``number`` classes; what follows those of a detection is background."""
-    classes = [str(name) for name in classes or ()]
-    if len(classes) == number - 1:
-        return [*classes, BACKGROUND]
-    return classes if len(classes) == number else [f'class {i}' for i in range(number)]
+def names_of(classes: Sequence[str], number: int) -> list[str]:
+    """A name for each of ``number`` classes."""
+    return [str(classes[i]) if i < len(classes) else f'class {i}' for i in range(number)]
 
 
-def class_table(table: np.ndarray, names: Sequence[str], unit: str, **more: dict) -> Table:
+def class_table(table: np.ndarray, names: Sequence[str], unit: str, **more: np.ndarray) -> Table:
     """Rates of each class, in percent, nan where nothing was there to be counted.
 
     Args:
-        table: of :func:`confusion`; a last class named ``background`` has no row.
-        more: further columns, each a value by the class's name.
+        table: of :func:`confusion`; may have more classes than ``names``, which get no row.
+        more: further columns, (classes,) each, 0 to 1.
     """
     rates, counted = class_rates(table), table.sum(1)
     rows = []
     for i, name in enumerate(names):
-        if name == BACKGROUND and i == len(table) - 1:
-            continue
         row = {'class': name, unit: int(counted[i])}
-        row |= {key: values.get(name, float('nan')) for key, values in more.items()}
+        row |= {key: round(100 * float(values[i]), 2) for key, values in more.items()}
         # the share of a class's own that was recognized is what many call its accuracy
         labels = dict(recall='accuracy (recall)', precision='precision', F1='F1', IoU='IoU')
         kept = {k: v for k, v in labels.items() if k != 'IoU' or unit == 'pixels'}

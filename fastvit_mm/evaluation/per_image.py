@@ -20,13 +20,15 @@ class Task:
         higher_is_better: of the measure.
         judge: from a sample (a dict), the number of classes and a box's least score to an image's
             value, what to say about it and its part of the confusion matrix; None without truth.
-        unit: of the confusion matrix.
+        unit: of the confusion matrix; '' if there is none.
+        has_background: whether its last class stands for nothing.
     """
 
     measure: str
     higher_is_better: bool
     judge: Callable[[dict, int, float], 'Judged | None']
     unit: str = ''
+    has_background: bool = False
 
 
 @dataclass
@@ -133,7 +135,7 @@ def judge_hand(sample: dict, classes: int, score: float) -> Judged | None:
 TASKS = {
     'pred_score': Task('loss', False, judge_class, 'images'),
     'pred_sem_seg': Task('IoU', True, judge_pixels, 'pixels'),
-    'pred_instances': Task('F1', True, judge_boxes, 'objects'),
+    'pred_instances': Task('F1', True, judge_boxes, 'objects', has_background=True),
     'pred_xyz': Task('PA-MPJPE', False, judge_hand),
 }
 

@@ -1,4 +1,4 @@
-"""A tested sample as :func:`fastvit_mm.pictures.compare` takes it: its truth, and its prediction."""
+"""A tested sample as :func:`fastvit_mm.pictures.compare` takes it: truth and prediction."""
 
 import numpy as np
 import torch

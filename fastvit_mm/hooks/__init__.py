@@ -6,6 +6,7 @@ from .finite_loss import FiniteLossHook
 from .reparameterize import ReparameterizeHook
 from .stop_on_signal import StopOnSignalHook
 from .sync_statistics import SyncStatisticsHook
+from .test_report import TestReportHook
 from .whole_checkpoint import WholeCheckpointHook
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     'ReparameterizeHook',
     'StopOnSignalHook',
     'SyncStatisticsHook',
+    'TestReportHook',
     'WholeCheckpointHook',
 ]

@@ -1,19 +1,20 @@
 """OpenMMLab hook: after a test, what each class and each image came to."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import mmcv
 import numpy as np
 from mmengine import fileio
-from mmengine.dist import barrier, get_rank
+from mmengine.dist import barrier, get_rank, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from fastvit_mm.reparameterize import unwrap
 
-UNSORTED = '.unsorted'  # folder of pictures while the order of the images is not known
+COLUMNS = dict(bbox='box AP', segm='mask AP')
 
 
 @HOOKS.register_module()
@@ -21,7 +22,7 @@ class TestReportHook(Hook):
     """Write a table of the classes, the images in order, the worst first, and a confusion matrix.
 
     The folder then holds ``classes.csv``, ``images.csv``, ``confusion.png`` and, if wanted,
-    ``0001_NAME.jpg``, ``0002_NAME.jpg`` ...: pictures of truth and prediction in the same order.
+    ``00001_NAME.jpg``, ``00002_NAME.jpg`` ...: pictures of truth and prediction in the same order.
     Without annotations there are only the pictures, in the order of the test.
 
     Args:
@@ -31,36 +32,41 @@ class TestReportHook(Hook):
     """
 
     __test__ = False  # for pytest
-    priority = 'BELOW_NORMAL'
 
     def __init__(self, out_dir: str | None = None, draw: bool = False, score_thr: float = 0.3):
         self.out_dir = Path(out_dir) if out_dir else None
         self.draw, self.score_thr = draw, score_thr
 
     def before_test_epoch(self, runner: Runner) -> None:
+        from fastvit_mm.evaluation.after_test import UNSORTED
         from fastvit_mm.evaluation.per_image import PerImage
 
         evaluator = runner.test_loop.evaluator
         evaluator.metrics = [m for m in evaluator.metrics if not isinstance(m, PerImage)]
+        if 'fastvit_mm.data.coco' in sys.modules:
+            sys.modules['fastvit_mm.data.coco'].InOrder.latest.clear()
         self.metric = PerImage(self.score_thr)
-        self.metric.dataset_meta = runner.test_dataloader.dataset.metainfo
+        self.metric.dataset_meta = runner.test_loop.dataloader.dataset.metainfo
         evaluator.metrics.append(self.metric)
         self.folder = self.out_dir or Path(runner.log_dir)
-        self.drawn = 0
+        self.unsorted, self.drawn = self.folder / UNSORTED, 0
+        if self.draw and is_main_process():
+            shutil.rmtree(self.unsorted, ignore_errors=True)  # of a test that was interrupted
+            self.unsorted.mkdir(parents=True)
+        barrier()
 
     def after_test_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
         if not self.draw:
             return
-        folder = self.folder / UNSORTED
-        folder.mkdir(parents=True, exist_ok=True)
         for sample, judged in zip(outputs, self.metric.results[-len(outputs) :], strict=True):
-            name = f'{get_rank()}_{self.drawn:06d}.jpg'
-            self.drawn += 1
             picture = self.picture(runner, sample, judged)
             if picture is not None:
-                mmcv.imwrite(picture, str(folder / name))
+                # unique among the images of all processes, and in the order of the test
+                name = f'{self.drawn:06d}-{get_rank()}_{Path(sample.img_path).stem}.jpg'
+                mmcv.imwrite(picture, str(self.unsorted / name))
                 if judged is not None:
                     judged.picture = name
+            self.drawn += 1
 
     def picture(self, runner: Runner, sample, judged) -> np.ndarray | None:
         """Truth and prediction with a caption: the file, how good it is, and why."""
@@ -82,27 +88,22 @@ class TestReportHook(Hook):
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         barrier()
-        if get_rank() == 0:
-            self.write(runner, metrics or {})
-
-    def write(self, runner: Runner, metrics: dict) -> None:
-        from fastvit_mm.evaluation.per_class import write_classes
-        from fastvit_mm.evaluation.per_image import write_images
-
-        judged = self.metric.worst_first()
-        if judged:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            table = write_classes(self.metric, self.folder, average_precision(runner))
-            runner.logger.info(f'per class:\n{table}')
-        self.sort(judged)
-        if judged:
-            write_images(judged, self.metric.task, self.folder / 'images.csv')
-            runner.logger.info(f'tables and pictures, the worst images first: {self.folder}')
-
-    def sort(self, judged) -> None:
-        """Give the pictures names in the order of ``judged``; those of no judged image follow."""
-        unsorted = self.folder / UNSORTED
-        if not unsorted.is_dir():
+        if not is_main_process():
             return
-        for old in self.folder.glob('[0-9][0-9][0-9][0-9]*_*.jpg'):  # of an earlier test
-            old.unlink()
+        from fastvit_mm.evaluation.after_test import write
+
+        table = write(self.metric, self.folder, self.average_precision())
+        if table:
+            runner.logger.info(f'per class, in %:\n{table}' if self.metric.task.unit else table)
+            runner.logger.info(f'tables, the worst images first: {self.folder}')
+
+    def average_precision(self) -> dict[str, np.ndarray]:
+        """Of each class, as mmdet's metric has just computed it."""
+        if self.metric.task is None or self.metric.task.measure != 'F1':
+            return {}
+        from fastvit_mm.data.coco import InOrder
+
+        number = len(self.metric.dataset_meta.get('classes') or ())
+        return {
+            COLUMNS[k]: v for k, v in InOrder.latest.items() if k in COLUMNS and len(v) == number
+        }
