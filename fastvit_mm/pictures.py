@@ -77,7 +77,8 @@ def compare(image: np.ndarray, truth, result, meta: dict, caption: str) -> np.nd
         BGR uint8.
     """
     if truth is None or isinstance(truth, str):
-        parts = [titled(draw(image, result, meta), truth and f'truth: {truth}')]
+        title = truth and f'truth: {truth};  prediction: {top_classes(result, meta)[0][0]}'
+        parts = [titled(draw(image, result, meta), title)]
     else:
         parts = [
             titled(draw(image, one, meta), title)

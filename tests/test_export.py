@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from collections import Counter
+from itertools import islice
 
 import mmcv
 import numpy as np
@@ -30,6 +31,8 @@ from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.export import FORMATS, Session, attach, export, formats, verify
 from fastvit_mm.export.graphs import AveragePool, paste
+from fastvit_mm.export.inputs import real_files
+from fastvit_mm.export.inputs import test_sizes as sizes_in_test
 from fastvit_mm.export.verify import Limits, compare_detections
 from fastvit_mm.reparameterize import absorb_output_norms, reparameterize
 
@@ -415,6 +418,38 @@ def test_upernet(models, dynamic, tmp_path):
         wanted = fastvit_mm.inference(model, image).pred_sem_seg.data
         found = fastvit_mm.inference(attach(copy.deepcopy(model), path), image).pred_sem_seg.data
         assert len(wanted.unique()) > 1 and (found == wanted).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ('task', 'steps', 'mode', 'named'),
+    [
+        (CLASSIFICATION, {}, {}, None),
+        (SEGMENTATION, {}, {}, (64, 64)),
+        (SEGMENTATION, dict(scale=(160, 96), keep_ratio=False), {}, (96, 160)),
+        (SEGMENTATION, {}, dict(mode='slide', crop_size=(64, 32), stride=(32, 16)), (64, 32)),
+        (DETECTION, {}, {}, None),
+    ],
+)
+def test_a_static_file_takes_what_the_test_gives(models, task, steps, mode, named):
+    """The sizes are those that the backbone sees when the config's own test set is predicted."""
+    cfg = copy.deepcopy(models[task][0].cfg)
+    dataset = cfg.test_dataloader.dataset
+    next(s for s in dataset.pipeline if 'Resize' in s['type']).update(steps)
+    cfg.test_pipeline = dataset.pipeline
+    if mode:
+        cfg.model.test_cfg = mode
+    model = fastvit_mm.init_model(cfg)
+    seen = set()
+    model.backbone.register_forward_pre_hook(
+        lambda module, args: seen.add(tuple(args[0].shape[2:])) and None
+    )
+    fastvit_mm.inference(model, list(islice(real_files(cfg), 16)))
+    found = sizes_in_test(model, cfg)
+    if task == DETECTION:  # whose graph pads to multiples of 32
+        found = {tuple(-(-n // 32) * 32 for n in size) for size in found}
+    assert set(found) == seen
+    dataset.data_root = 'nowhere'  # then the steps say what they can
+    assert named in (None, *sizes_in_test(model, cfg))
 
 
 def test_half(models, tmp_path):

@@ -8,6 +8,8 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
+from fastvit_mm.pictures import class_name
+
 SCORE, OVERLAP = 0.3, 0.5  # of a box that counts, and with the object that it finds
 
 
@@ -18,15 +20,15 @@ class Task:
     Attributes:
         measure: of an image, by which images are ordered.
         higher_is_better: of the measure.
-        judge: from a sample (a dict), the number of classes and a box's least score to an image's
-            value, what to say about it and its part of the confusion matrix; None without truth.
+        judge: from a sample (a dict), the names of the classes and a box's least score; None
+            without truth.
         unit: of the confusion matrix; '' if there is none.
         has_background: whether its last class stands for nothing.
     """
 
     measure: str
     higher_is_better: bool
-    judge: Callable[[dict, int, float], 'Judged | None']
+    judge: Callable[[dict, Sequence[str], float], 'Judged | None']
     unit: str = ''
     has_background: bool = False
 
@@ -53,7 +55,7 @@ class Judged:
     picture: str = ''
 
 
-def judge_class(sample: dict, classes: int, score: float) -> Judged | None:
+def judge_class(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
     """Cross-entropy of the predicted probabilities."""
     truth = sample.get('gt_label')
     if truth is None or truth.numel() != 1 or sample['pred_label'].numel() != 1:
@@ -61,18 +63,23 @@ def judge_class(sample: dict, classes: int, score: float) -> Judged | None:
     chances, truth = sample['pred_score'].double(), int(truth)
     found = int(sample['pred_label'])
     loss = float(-chances[truth].clamp(min=1e-12).log())
-    return Judged(loss, f'{chances[truth]:.1%} for the truth', np.array([[truth, found, 1]]))
+    names = [class_name(dict(classes=classes), label) for label in (truth, found)]
+    says = f'{names[0]}, {chances[truth]:.1%}'
+    if found != truth:
+        says += f', taken for {names[1]}, {chances[found]:.1%}'
+    return Judged(loss, says, np.array([[truth, found, 1]]))
 
 
-def judge_pixels(sample: dict, classes: int, score: float) -> Judged | None:
+def judge_pixels(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
     """Mean IoU of the classes that are in the image or were predicted there, 0 to 1."""
     if 'gt_sem_seg' not in sample:
         return None
+    number = len(classes)
     found = sample['pred_sem_seg']['data'].flatten().cpu().long()
     truth = sample['gt_sem_seg']['data'].flatten().cpu().long()
-    counts = truth < classes  # the rest is not labelled
-    table = torch.bincount(truth[counts] * classes + found[counts], minlength=classes**2)
-    table = table.view(classes, classes).numpy()
+    counts = truth < number  # the rest is not labelled
+    table = torch.bincount(truth[counts] * number + found[counts], minlength=number**2)
+    table = table.view(number, number).numpy()
     rates = class_rates(table)
     present = table.sum(0) + table.sum(1) > 0
     right = np.trace(table) / max(table.sum(), 1)
@@ -82,7 +89,7 @@ def judge_pixels(sample: dict, classes: int, score: float) -> Judged | None:
     return Judged(value, f'{right:.1%} of the pixels right', pairs)
 
 
-def judge_boxes(sample: dict, classes: int, score: float) -> Judged | None:
+def judge_boxes(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
     """F1 of the boxes that score at least ``score``: each object has one box with an IoU of
     :data:`OVERLAP`, if possible of its own class."""
     from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
@@ -105,7 +112,7 @@ def judge_boxes(sample: dict, classes: int, score: float) -> Judged | None:
     if len(loose) and len(ignored.get('bboxes', ())):  # crowds, where boxes do not count
         inside = bbox_overlaps(boxes[loose], get_box_tensor(ignored['bboxes']).cpu().float(), 'iof')
         loose = loose[inside.numpy().max(1) < OVERLAP]
-    background = [np.full(len(part), classes) for part in (missed, loose)]
+    background = [np.full(len(part), len(classes)) for part in (missed, loose)]
     pairs = np.stack(
         [
             np.concatenate([names[rows], missed, background[1]]),
@@ -120,7 +127,7 @@ def judge_boxes(sample: dict, classes: int, score: float) -> Judged | None:
     return Judged(2 * right / total if total else 1.0, says, np.vstack([pairs, times]).T)
 
 
-def judge_hand(sample: dict, classes: int, score: float) -> Judged | None:
+def judge_hand(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
     """PA-MPJPE: mean distance of the joints after alignment, mm."""
     from fastvit_mm.hand_mesh.metric import align
 
@@ -182,7 +189,7 @@ class PerImage(BaseMetric):
         self.judged: list[Judged] = []
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
-        classes = len(self.dataset_meta.get('classes') or ())
+        classes = self.dataset_meta.get('classes') or ()
         for sample in data_samples:
             self.task = task_of(sample)
             one = self.task and self.task.judge(sample, classes, self.score_thr)
