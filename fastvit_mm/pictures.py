@@ -69,7 +69,7 @@ def compare(image: np.ndarray, truth, result, meta: dict, caption: str) -> np.nd
 
     Args:
         image: BGR uint8 (H, W, 3).
-        truth: of the same kind as ``result``, see :mod:`fastvit_mm.evaluation.truth`; the name of a
+        truth: of the same kind as ``result``, see :mod:`fastvit_mm.truth`; the name of a
             class; None if it is not known.
         result: see :func:`draw`.
 
@@ -78,16 +78,15 @@ def compare(image: np.ndarray, truth, result, meta: dict, caption: str) -> np.nd
     """
     if truth is None or isinstance(truth, str):
         title = truth and f'truth: {truth};  prediction: {top_classes(result, meta)[0][0]}'
-        parts = [titled(draw(image, result, meta), title)]
+        parts = {title: draw(image, result, meta)}
     else:
-        parts = [
-            titled(draw(image, one, meta), title)
-            for one, title in ((truth, 'truth'), (result, 'prediction'))
-        ]
-    height = max(map(len, parts))
-    gap = np.full((height, max(8, height // 40), 3), 255, np.uint8)
-    parts = [part for one in parts for part in (padded(one, height), gap)][:-1]
-    return titled(np.hstack(parts), caption, bold=True)
+        parts = dict(truth=draw(image, truth, meta), prediction=draw(image, result, meta))
+    dpi = max(resolution(min(part.shape[:2])) for part in parts.values())
+    drawn = [titled(part, title, dpi) for title, part in parts.items()]
+    height = max(map(len, drawn))
+    gap = np.full((height, round(0.1 * dpi), 3), 255, np.uint8)
+    row = [part for one in drawn for part in (padded(one, height), gap)]
+    return titled(np.hstack(row[:-1]), caption, dpi, bold=True)
 
 
 def padded(image: np.ndarray, height: int) -> np.ndarray:
@@ -95,14 +94,11 @@ def padded(image: np.ndarray, height: int) -> np.ndarray:
     return np.pad(image, ((0, height - len(image)), (0, 0), (0, 0)), constant_values=255)
 
 
-def titled(
-    image: np.ndarray, text: str | None, bold: bool = False, dpi: float | None = None
-) -> np.ndarray:
+def titled(image: np.ndarray, text: str | None, dpi: float, bold: bool = False) -> np.ndarray:
     """An image with text above, in as many lines as it takes; without ``text``, as it is."""
     if not text:
         return image
-    height, width = image.shape[:2]
-    dpi = dpi or resolution(min(height, width))
+    width = image.shape[1]
     size = 10.5 if bold else 9.5
     letters = max(8, int((width / dpi - 2 * MARGIN) * 72 / (size * (0.68 if bold else 0.62))))
     lines = textwrap.wrap(text, letters) or ['']
@@ -187,12 +183,13 @@ def instances(
                 visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1, alpha=0.8)
             image = visualizer.get_image()
         boxes = InstanceData(bboxes=found.bboxes * factor, labels=found.labels)
-        if 'scores' in found:
+        if true := 'scores' not in found:
+            sample = DetDataSample(gt_instances=boxes)
+        else:
             boxes.scores = found.scores
             sample = DetDataSample(pred_instances=boxes)
-        else:
-            sample = DetDataSample(gt_instances=boxes)
-        visualizer.add_datasample('', image, sample, pred_score_thr=-1)
+        which = dict(draw_gt=true, draw_pred=not true)
+        visualizer.add_datasample('', image, sample, pred_score_thr=-1, **which)
     return visualizer.get_image()
 
 

@@ -1,5 +1,5 @@
 """Read every image of a config's data sets and list what is wrong:
-python tools/check_data.py CONFIG [--demo] [--json FILE] [--workers N]
+python tools/check_data.py CONFIG [--demo] [--json FILE] [--workers N] [--show FILE]
 
 Each problem is a line: the file, what is wrong with it, and what happens if it stays. The exit code
 is 0 if there are none but notes, and 2 if some would stop or spoil a run.
@@ -11,13 +11,20 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import cv2
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.runner import set_random_seed
 from rich.console import Console
 from rich.progress import Progress
 
-import fastvit_mm  # noqa: F401
+import fastvit_mm
 from fastvit_mm import launch
 from fastvit_mm.data.check import STAGES, check
+from fastvit_mm.data.sheet import augmented, contact_sheet
 from fastvit_mm.errors import FastViTError
+
+SUFFIXES = ('.png', '.jpg', '.jpeg')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,6 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--json', metavar='FILE', help='write all problems there as well')
     parser.add_argument(
         '--workers', type=int, default=min(8, os.cpu_count() or 1), help='processes that read'
+    )
+    parser.add_argument(
+        '--show',
+        metavar='FILE',
+        help='draw augmented training images with their labels there (.png, .jpg), or as '
+        'train.png in this folder',
     )
     args = parser.parse_args(argv)
     if args.workers < 0:
@@ -40,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 
         report = check(cfg, args.workers, progress)
     print(report)
+    if args.show:
+        print(f'augmented training images: {draw_sheet(cfg, Path(args.show))}')
     if args.json:
         try:
             Path(args.json).write_text(
@@ -49,3 +64,23 @@ def main(argv: list[str] | None = None) -> None:
             raise FastViTError(f'cannot write {args.json}: {error.strerror}') from error
     if not report.sound:
         sys.exit(2)
+
+
+def draw_sheet(cfg: Config, path: Path) -> Path:
+    """Write a sheet of augmented training images; gives its path."""
+    path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
+    loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
+    model = fastvit_mm.init_model(cfg)
+    set_random_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        loader = launch.Runner.build_dataloader(loader, seed=0)
+        samples = list(augmented(loader.dataset, model.data_preprocessor))
+    if not samples:
+        raise FastViTError('the training set is empty: there is nothing to show')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _, content = cv2.imencode(path.suffix, contact_sheet(samples, loader.dataset.metainfo))
+        path.write_bytes(content)
+    except OSError as error:
+        raise FastViTError(f'cannot write {path}: {error.strerror}') from error
+    return path

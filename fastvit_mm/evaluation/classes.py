@@ -15,6 +15,9 @@ LEGIBLE = 40  # classes of a picture
 FINGERS = ('thumb', 'index', 'middle', 'ring', 'little')
 JOINTS = ('wrist', *(f'{finger} {i}' for finger in FINGERS for i in (1, 2, 3, 4)))
 
+# The share of a class's own that was recognized is what many call its accuracy.
+HEADS = {('images', 'recall'): 'accuracy (recall)', ('pixels', 'recall'): 'accuracy (recall)'}
+
 Table = list[dict[str, str | int | float]]  # a row for each class, the same keys in all
 
 
@@ -40,14 +43,13 @@ def class_table(table: np.ndarray, names: Sequence[str], unit: str, **more: np.n
         more: further columns, (classes,) each, 0 to 1.
     """
     rates, counted = class_rates(table), table.sum(1)
+    if unit != 'pixels':
+        del rates['IoU']
     rows = []
     for i, name in enumerate(names):
         row = {'class': name, unit: int(counted[i])}
         row |= {key: round(100 * float(values[i]), 2) for key, values in more.items()}
-        # the share of a class's own that was recognized is what many call its accuracy
-        labels = dict(recall='accuracy (recall)', precision='precision', F1='F1', IoU='IoU')
-        kept = {k: v for k, v in labels.items() if k != 'IoU' or unit == 'pixels'}
-        row |= {label: round(100 * float(rates[key][i]), 2) for key, label in kept.items()}
+        row |= {HEADS.get((unit, k), k): round(100 * float(v[i]), 2) for k, v in rates.items()}
         rows.append(row)
     return rows
 

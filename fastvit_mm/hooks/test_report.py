@@ -72,7 +72,7 @@ class TestReportHook(Hook):
         """Truth and prediction with a caption: the file, how good it is, and why."""
         from fastvit_mm import pictures
         from fastvit_mm.data import decode
-        from fastvit_mm.evaluation.truth import prediction_of, truth_of
+        from fastvit_mm.truth import prediction_of, truth_of
 
         path = sample.get('img_path')
         image = decode(fileio.get(path)) if path else None
