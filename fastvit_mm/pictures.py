@@ -106,7 +106,7 @@ def titled(image: np.ndarray, text: str | None, dpi: float, bold: bool = False) 
     figure = Figure((width / dpi, rows / dpi), dpi=dpi, facecolor='white')
     canvas = FigureCanvasAgg(figure)
     weight = 'bold' if bold else 'normal'
-    where = dict(x=MARGIN * dpi / width, y=0.5, va='center', linespacing=1.25)
+    where = dict(x=MARGIN * dpi / width, y=1 - 0.06 * dpi / rows, va='top', linespacing=1.25)
     figure.text(s='\n'.join(lines), fontsize=size, fontweight=weight, parse_math=False, **where)
     canvas.draw()
     strip = np.asarray(canvas.buffer_rgba())[:, :width, :3]

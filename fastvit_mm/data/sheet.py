@@ -102,7 +102,7 @@ def contact_sheet(samples: Sequence[tuple[np.ndarray, object]], meta: dict) -> n
         drawn.append(pictures.titled(tile(image, sample, meta), text, DPI))
     width = max(one.shape[1] for one in drawn)
     rows = []
-    columns = min(len(drawn), COLUMNS if width < 1.5 * SIDE else COLUMNS // 2)
+    columns = min(len(drawn), COLUMNS if width < 1.5 * SIDE else COLUMNS - 1)
     for start in range(0, len(drawn), columns):
         row = drawn[start : start + columns]
         height = max(map(len, row)) + 12

@@ -94,7 +94,8 @@ class TestReportHook(Hook):
 
         table = write(self.metric, self.folder, self.average_precision())
         if table:
-            runner.logger.info(f'per class, in %:\n{table}' if self.metric.task.unit else table)
+            if self.metric.task.unit != 'pixels':  # mmseg's own metric shows such a table
+                runner.logger.info(f'per class{", in %" * bool(self.metric.task.unit)}:\n{table}')
             runner.logger.info(f'tables, the worst images first: {self.folder}')
 
     def average_precision(self) -> dict[str, np.ndarray]:
