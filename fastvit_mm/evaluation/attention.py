@@ -142,6 +142,8 @@ def draw(found: Attention, meta: dict, stage: int, same_size: bool = False) -> n
     if same_size:
         return both
     title = f'{pictures.class_name(meta, found.label)} {found.share:.1%}:  Grad-CAM, stage {stage}'
+    if not found.heat.any():
+        title += ', where nothing speaks for it'
     return pictures.titled(both, title, pictures.resolution(min(image.shape[:2])), bold=True)
 
 
