@@ -228,16 +228,24 @@ def test_the_metric_of_the_file(models, task, format, tool, tmp_path):  # noqa: 
     path = tmp_path / f'model{FORMATS[format].suffix}'
     args = ['--dynamic', '--with-preprocess'] if format == 'onnx' else ['--dynamic']
     assert tool('export', config, checkpoint, '--format', format, '--out', path, *args)[0] == 0
-    metrics = []
+    metrics, classes = [], []
     for number, weights in enumerate((checkpoint, path)):
-        out = tmp_path / f'{number}.json'
-        assert tool('test', config, weights, '--out', out)[0] == 0
+        out, shown = tmp_path / f'{number}.json', tmp_path / f'shown{number}'
+        assert tool('test', config, weights, '--out', out, '--show-dir', shown)[0] == 0
         metrics.append(json.loads(out.read_text()))
+        classes.append([line.split(',') for line in (shown / 'classes.csv').open()])
+        assert len(list(shown.glob('0*.jpg'))) == 8
     (wanted, got), scale = metrics, 100 if task == DETECTION else 1  # which is in percent elsewhere
     assert wanted.keys() == got.keys()
     for key, value in wanted.items():
         if 'time' not in key:
             assert scale * got[key] == pytest.approx(scale * value, abs=0.1), key
+    # the table of classes is that of the model as well
+    for of_model, of_file in zip(*classes, strict=True):
+        assert of_file[0] == of_model[0]
+        if task != DETECTION and of_file[0] != 'class':
+            numbers = [[float(value) for value in row[2:]] for row in (of_file, of_model)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.5, nan_ok=True)
     refusal(tool('test', config, path, '--reparam'), 'leave out --reparam')
 
 
