@@ -167,6 +167,14 @@ def test_what_a_box_is_taken_for(truth, found, ignored, pairs, f1):
     assert judged.value == pytest.approx(f1)
 
 
+def test_boxes_without_truth_are_not_judged():
+    """mmdet packs empty instances where none were loaded; others belong to the resized image."""
+    one = boxes([(0, 1)], [(0, 1, 0.9)])
+    assert not tested([dict(one, gt_instances={})]).judged
+    assert not tested([dict(one, pred_instances=dict(scores=torch.ones(1)))]).judged
+    assert not tested([one], boxes_fit=False).judged and len(tested([one]).judged) == 1
+
+
 def test_the_background_has_no_row(tmp_path):
     samples = [boxes([(0, 1)], [(0, 1, 0.9)]), boxes([], [(0, 2, 0.5)]), boxes([(9, 0)], [])]
     names = ('ant', 'bee', 'cat', 'background')  # a class may be called so
@@ -209,8 +217,11 @@ def test_pictures_are_in_the_order_of_the_images(tmp_path):
         one.picture = f'{i:06d}-0_name_{i}.jpg'
         (tmp_path / UNSORTED / one.picture).write_text(str(i))
     (tmp_path / UNSORTED / '000009-0_unknown.jpg').write_text('')  # of an image without truth
-    (tmp_path / '00001_of_an_earlier_test.jpg').write_text('')
-    (tmp_path / 'mine.jpg').write_text('')
+    for name in ('00001_of_an_earlier_test.jpg', '00001_mine.jpg'):
+        (tmp_path / name).write_text('')
+    (tmp_path / 'images.csv').write_text(
+        'image,loss,says,picture\n,,,00001_of_an_earlier_test.jpg\n'
+    )
     write(metric, tmp_path)
     order = [int(one.path[0]) for one in metric.worst_first() if one.path != '4.jpg']
     wanted = [f'{rank:05d}_name_{i}.jpg' for rank, i in enumerate(order, 1)]
@@ -221,7 +232,7 @@ def test_pictures_are_in_the_order_of_the_images(tmp_path):
     ]
     assert [(tmp_path / name).read_text() for name in wanted] == [str(i) for i in order]
     named = [row['picture'] for row in rows_of(tmp_path / 'images.csv') if row['picture']]
-    assert named == wanted and not (tmp_path / UNSORTED).exists()
+    assert named == [*wanted, '00005_unknown.jpg'] and not (tmp_path / UNSORTED).exists()
 
 
 def test_images_without_truth_are_no_error(tmp_path):

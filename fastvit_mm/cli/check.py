@@ -21,7 +21,6 @@ from rich.progress import Progress
 import fastvit_mm
 from fastvit_mm import launch
 from fastvit_mm.data.check import STAGES, check
-from fastvit_mm.data.sheet import augmented, contact_sheet
 from fastvit_mm.errors import FastViTError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg')
@@ -53,8 +52,6 @@ def main(argv: list[str] | None = None) -> None:
 
         report = check(cfg, args.workers, progress)
     print(report)
-    if args.show:
-        print(f'augmented training images: {draw_sheet(cfg, Path(args.show))}')
     if args.json:
         try:
             Path(args.json).write_text(
@@ -62,12 +59,16 @@ def main(argv: list[str] | None = None) -> None:
             )
         except OSError as error:
             raise FastViTError(f'cannot write {args.json}: {error.strerror}') from error
+    if args.show:
+        print(f'augmented training images: {draw_sheet(cfg, Path(args.show))}')
     if not report.sound:
         sys.exit(2)
 
 
 def draw_sheet(cfg: Config, path: Path) -> Path:
     """Write a sheet of augmented training images; gives its path."""
+    from fastvit_mm.data.sheet import augmented, contact_sheet
+
     path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
     loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
     model = fastvit_mm.init_model(cfg)

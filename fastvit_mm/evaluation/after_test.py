@@ -10,6 +10,7 @@ import numpy as np
 from .classes import class_table, confusion, draw_confusion, joint_table, names_of, text, write_csv
 from .per_image import Judged, PerImage, Task
 
+LIST = 'images.csv'
 UNSORTED = '.unsorted'  # folder of pictures while the order of the images is not known
 
 
@@ -25,10 +26,12 @@ def write(
         The table of classes for the screen; None if the truth of no image is known.
     """
     judged, task = metric.worst_first(), metric.task
-    sort_pictures(judged, folder)
+    others = sort_pictures(judged, folder)
+    if judged or others:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_images(folder / LIST, judged, others, task)
     if not judged:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     if task.unit:
         classes = list(metric.dataset_meta.get('classes') or ())
         every = [*classes, 'background'] if task.has_background else classes
@@ -41,34 +44,42 @@ def write(
     else:
         rows = joint_table(judged)
     write_csv(folder / 'classes.csv', rows)
-    write_images(folder / 'images.csv', judged, task)
     return text(rows)
 
 
-def write_images(path: Path, judged: Sequence[Judged], task: Task) -> None:
-    """A row for each image, the worst first."""
+def write_images(path: Path, judged: Sequence[Judged], others: Sequence[str], task: Task) -> None:
+    """A row for each image, the worst first; pictures of images without truth follow."""
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(['image', task.measure, 'says', 'picture'])
         for one in judged:
             writer.writerow([one.path, f'{one.value:.6g}', one.says, one.picture])
+        writer.writerows(['', '', '', name] for name in others)
 
 
-def sort_pictures(judged: Sequence[Judged], folder: Path) -> None:
-    """Number the pictures in the order of ``judged``; those of other images follow."""
+def remove_earlier(folder: Path) -> None:
+    """Remove the pictures that an earlier test listed; whatever else is there stays."""
+    if not (folder / LIST).is_file():
+        return
+    with (folder / LIST).open(newline='', encoding='utf-8') as file:
+        names = {row.get('picture') or '' for row in csv.DictReader(file)}
+    for name in names & {path.name for path in folder.glob('*.jpg')}:
+        (folder / name).unlink()
+
+
+def sort_pictures(judged: Sequence[Judged], folder: Path) -> list[str]:
+    """Number the pictures in the order of ``judged``; gives those of other images, which follow."""
     unsorted = folder / UNSORTED
     if not unsorted.is_dir():
-        return
-    for old in folder.glob('[0-9]' * 5 + '_*.jpg'):  # of an earlier test
-        old.unlink()
-    number = 0
-    for one in judged:
-        if one.picture and (unsorted / one.picture).exists():
-            number += 1
-            name = f'{number:05d}_{one.picture.partition("_")[2]}'
-            (unsorted / one.picture).replace(folder / name)
-            one.picture = name
-    for other in sorted(unsorted.iterdir()):
-        number += 1
-        other.replace(folder / f'{number:05d}_{other.name.partition("_")[2]}')
+        return []
+    remove_earlier(folder)
+    drawn = [one for one in judged if one.picture and (unsorted / one.picture).exists()]
+    others = sorted({path.name for path in unsorted.iterdir()} - {one.picture for one in drawn})
+    names = []
+    for number, old in enumerate([*(one.picture for one in drawn), *others], 1):
+        names.append(f'{number:05d}_{old.partition("_")[2]}')
+        (unsorted / old).replace(folder / names[-1])
+    for one, name in zip(drawn, names, strict=False):
+        one.picture = name
     shutil.rmtree(unsorted)
+    return names[len(drawn) :]

@@ -52,7 +52,7 @@ def stage_of(model: nn.Module, stage: int) -> nn.Module:
     Raises:
         FastViTError: the model is of another task, an exported file, or has no such stage.
     """
-    if not (type(model).__name__ == 'ImageClassifier' or hasattr(model, 'decode_head')):
+    if not (model.cfg.default_scope == 'mmpretrain' or hasattr(model, 'decode_head')):
         raise FastViTError(f'--cam is for classifiers and segmentors, not {type(model).__name__}')
     stages = getattr(model.backbone, 'stages', None)
     if stages is None:

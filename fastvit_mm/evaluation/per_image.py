@@ -95,9 +95,9 @@ def judge_boxes(sample: dict, classes: Sequence[str], score: float) -> Judged | 
     from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
     from scipy.optimize import linear_sum_assignment
 
-    if 'gt_instances' not in sample:
+    truth, pred = sample.get('gt_instances') or {}, sample['pred_instances']
+    if 'bboxes' not in truth or 'labels' not in pred:
         return None
-    truth, pred = sample['gt_instances'], sample['pred_instances']
     sure = pred['scores'] >= score
     boxes, labels = pred['bboxes'][sure].cpu().float(), pred['labels'][sure].cpu().numpy()
     objects, names = get_box_tensor(truth['bboxes']).cpu().float(), truth['labels'].cpu().numpy()
@@ -174,6 +174,7 @@ class PerImage(BaseMetric):
 
     Args:
         score_thr: least score of a box that counts.
+        boxes_fit: whether true boxes are those of the original image, as mmdet wants them.
 
     Attributes:
         task: of the samples; None before there were any.
@@ -182,9 +183,11 @@ class PerImage(BaseMetric):
 
     default_prefix = ''  # says that none is missing
 
-    def __init__(self, score_thr: float = SCORE, collect_device: str = 'cpu'):
+    def __init__(
+        self, score_thr: float = SCORE, boxes_fit: bool = True, collect_device: str = 'cpu'
+    ):
         super().__init__(collect_device)
-        self.score_thr = score_thr
+        self.score_thr, self.boxes_fit = score_thr, boxes_fit
         self.task: Task | None = None
         self.judged: list[Judged] = []
 
@@ -192,7 +195,8 @@ class PerImage(BaseMetric):
         classes = self.dataset_meta.get('classes') or ()
         for sample in data_samples:
             self.task = task_of(sample)
-            one = self.task and self.task.judge(sample, classes, self.score_thr)
+            known = self.task and (self.boxes_fit or not self.task.has_background)
+            one = self.task.judge(sample, classes, self.score_thr) if known else None
             if one is not None:
                 one.path = str(sample.get('img_path') or '')
             self.results.append(one)

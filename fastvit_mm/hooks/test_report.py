@@ -45,8 +45,8 @@ class TestReportHook(Hook):
         evaluator.metrics = [m for m in evaluator.metrics if not isinstance(m, PerImage)]
         if 'fastvit_mm.data.coco' in sys.modules:
             sys.modules['fastvit_mm.data.coco'].InOrder.latest.clear()
-        self.metric = PerImage(self.score_thr)
-        self.metric.dataset_meta = runner.test_loop.dataloader.dataset.metainfo
+        self.metric = PerImage(self.score_thr, boxes_fit=resized_before(runner))
+        self.metric.dataset_meta = evaluator.dataset_meta or {}
         evaluator.metrics.append(self.metric)
         self.folder = self.out_dir or Path(runner.log_dir)
         self.unsorted, self.drawn = self.folder / UNSORTED, 0
@@ -83,7 +83,10 @@ class TestReportHook(Hook):
             caption += f'    {self.metric.task.measure} {judged.value:.3g}: {judged.says}'
         meta = self.metric.dataset_meta
         faces = getattr(getattr(unwrap(runner.model), 'head', None), 'faces', None)
-        truth, found = truth_of(sample, meta, faces), prediction_of(sample, faces, self.score_thr)
+        truth = truth_of(sample, meta, faces)
+        if 'gt_instances' in sample and judged is None:
+            truth = None
+        found = prediction_of(sample, faces, self.score_thr)
         return pictures.compare(image, truth, found, meta, caption)
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
@@ -108,3 +111,18 @@ class TestReportHook(Hook):
         return {
             COLUMNS[k]: v for k, v in InOrder.latest.items() if k in COLUMNS and len(v) == number
         }
+
+
+def resized_before(runner: Runner) -> bool:
+    """Whether boxes are read after the image was resized, so that they are the original image's."""
+    pipeline = getattr(runner.test_loop.dataloader.dataset, 'pipeline', None)
+    names = [type(step).__name__ for step in getattr(pipeline, 'transforms', ())]
+    resizes = [i for i, name in enumerate(names) if 'Resize' in name]
+    reads = [i for i, name in enumerate(names) if name.endswith('LoadAnnotations')]
+    fits = not (resizes and reads) or min(reads) > max(resizes)
+    if not fits and runner.cfg.get('default_scope') == 'mmdet':
+        runner.logger.warning(
+            'the test pipeline resizes its boxes, so that they are not judged one by one: put '
+            'LoadAnnotations after Resize'
+        )
+    return fits
