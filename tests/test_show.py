@@ -46,8 +46,8 @@ def rows_of(path):
     return list(csv.DictReader(path.open(encoding='utf-8', newline='')))
 
 
-def tested(samples, classes=CLASSES, **settings):
-    """A metric that has seen these samples."""
+def metric_of(samples, classes=CLASSES, **settings):
+    """A metric that has seen these samples, and was evaluated."""
     metric = PerImage(**settings)
     metric.dataset_meta = dict(classes=classes)
     metric.process({}, samples)
@@ -68,7 +68,7 @@ def classified(number=200, seed=0):
 
 def test_classes_as_mmpretrain_counts_them(tmp_path):
     scores, truth, samples = classified()
-    metric = tested(samples)
+    metric = metric_of(samples)
     matrix = confusion(metric.judged, 4)
     assert (matrix == ConfusionMatrix.calculate(scores, truth, 4).numpy()).all()
     write(metric, tmp_path)
@@ -99,7 +99,7 @@ def test_pixels_as_mmseg_counts_them(tmp_path):
         dict(pred_sem_seg=dict(data=f[None]), gt_sem_seg=dict(data=t[None]), img_path=f'{i}.png')
         for i, (f, t) in enumerate(zip(found, truth, strict=True))
     ]
-    metric = tested(samples)
+    metric = metric_of(samples)
     write(metric, tmp_path)
     areas = [IoUMetric.intersect_and_union(f, t, 4, 255) for f, t in zip(found, truth, strict=True)]
     sums = [sum(column) for column in zip(*areas, strict=True)]
@@ -170,15 +170,15 @@ def test_what_a_box_is_taken_for(truth, found, ignored, pairs, f1):
 def test_boxes_without_truth_are_not_judged():
     """mmdet packs empty instances where none were loaded; others belong to the resized image."""
     one = boxes([(0, 1)], [(0, 1, 0.9)])
-    assert not tested([dict(one, gt_instances={})]).judged
-    assert not tested([dict(one, pred_instances=dict(scores=torch.ones(1)))]).judged
-    assert not tested([one], boxes_fit=False).judged and len(tested([one]).judged) == 1
+    assert not metric_of([dict(one, gt_instances={})]).judged
+    assert not metric_of([dict(one, pred_instances=dict(scores=torch.ones(1)))]).judged
+    assert not metric_of([one], boxes_fit=False).judged and len(metric_of([one]).judged) == 1
 
 
 def test_the_background_has_no_row(tmp_path):
     samples = [boxes([(0, 1)], [(0, 1, 0.9)]), boxes([], [(0, 2, 0.5)]), boxes([(9, 0)], [])]
     names = ('ant', 'bee', 'cat', 'background')  # a class may be called so
-    table = write(tested(samples, names), tmp_path, {'box AP': np.array([0, 1, np.nan, 0.5])})
+    table = write(metric_of(samples, names), tmp_path, {'box AP': np.array([0, 1, np.nan, 0.5])})
     rows = rows_of(tmp_path / 'classes.csv')
     assert [row['class'] for row in rows] == list(names)
     assert [row['box AP'] for row in rows] == ['0.0', '100.0', 'nan', '50.0']
@@ -211,7 +211,7 @@ def test_a_confusion_matrix_of_any_size_fits(number, tmp_path):
 
 def test_pictures_are_in_the_order_of_the_images(tmp_path):
     _, _, samples = classified(5)
-    metric = tested(samples)
+    metric = metric_of(samples)
     (tmp_path / UNSORTED).mkdir()
     for i, one in enumerate(metric.judged[:4]):
         one.picture = f'{i:06d}-0_name_{i}.jpg'
@@ -236,7 +236,7 @@ def test_pictures_are_in_the_order_of_the_images(tmp_path):
 
 
 def test_images_without_truth_are_no_error(tmp_path):
-    metric = tested([dict(pred_score=torch.ones(4) / 4, pred_label=torch.tensor([0]))])
+    metric = metric_of([dict(pred_score=torch.ones(4) / 4, pred_label=torch.tensor([0]))])
     assert write(metric, tmp_path) is None and not list(tmp_path.iterdir())
 
 
@@ -447,6 +447,6 @@ def test_a_title_takes_the_lines_that_it_needs():
 
 
 def test_a_judged_image_is_sorted_by_its_measure():
-    metric = tested([boxes([(0, 1)], [(0, 1, 0.9)]), boxes([(0, 1)], [])])
+    metric = metric_of([boxes([(0, 1)], [(0, 1, 0.9)]), boxes([(0, 1)], [])])
     assert [one.value for one in metric.worst_first()] == [0, 1]  # F1: the lowest first
     assert isinstance(metric.judged[0], Judged)

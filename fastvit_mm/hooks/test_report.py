@@ -4,8 +4,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import mmcv
-import numpy as np
 from mmengine import fileio
 from mmengine.dist import barrier, get_rank, is_main_process
 from mmengine.hooks import Hook
@@ -58,6 +56,8 @@ class TestReportHook(Hook):
     def after_test_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
         if not self.draw:
             return
+        import mmcv
+
         for sample, judged in zip(outputs, self.metric.results[-len(outputs) :], strict=True):
             picture = self.picture(runner, sample, judged)
             if picture is not None:
@@ -68,8 +68,8 @@ class TestReportHook(Hook):
                     judged.picture = name
             self.drawn += 1
 
-    def picture(self, runner: Runner, sample, judged) -> np.ndarray | None:
-        """Truth and prediction with a caption: the file, how good it is, and why."""
+    def picture(self, runner: Runner, sample, judged):
+        """Truth and prediction with a caption, BGR uint8; None for an image without a file."""
         from fastvit_mm import pictures
         from fastvit_mm.data import decode
         from fastvit_mm.truth import prediction_of, truth_of
@@ -101,8 +101,8 @@ class TestReportHook(Hook):
                 runner.logger.info(f'per class{", in %" * bool(self.metric.task.unit)}:\n{table}')
             runner.logger.info(f'tables, the worst images first: {self.folder}')
 
-    def average_precision(self) -> dict[str, np.ndarray]:
-        """Of each class, as mmdet's metric has just computed it."""
+    def average_precision(self) -> dict:
+        """Of each class, an array by its column's name, as mmdet's metric has just computed it."""
         if self.metric.task is None or self.metric.task.measure != 'F1':
             return {}
         from fastvit_mm.data.coco import InOrder
