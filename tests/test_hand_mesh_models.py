@@ -1,6 +1,7 @@
 """Both heads: what they compute, learn, export and draw."""
 
 import copy
+import csv
 import json
 from pathlib import Path
 
@@ -381,7 +382,18 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     assert results[0]['PA-MPJPE'] == pytest.approx(results[1]['PA-MPJPE'], rel=1e-3)
     assert 1 < results[0]['PA-MPVPE'] < 60  # 46 mm: all vertices in one place
     load_tool('test').main([path, checkpoint, *work, '--show-dir', 'shown'])
-    assert len(list(Path('shown').glob('*.jpg'))) == 3
+    with open('shown/images.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['picture'] for row in rows] == sorted(p.name for p in Path('shown').glob('*.jpg'))
+    errors = [float(row['PA-MPJPE']) for row in rows]
+    assert len(errors) == 3 and errors == sorted(errors, reverse=True)
+    assert np.mean(errors) == pytest.approx(results[0]['PA-MPJPE'], rel=1e-3)
+    with open('shown/classes.csv', newline='') as file:
+        joints = list(csv.DictReader(file))
+    assert [joints[i]['joint'] for i in (0, 4, 9)] == ['wrist', 'thumb 4', 'middle 1']
+    assert np.mean([float(row['mean (mm)']) for row in joints]) == pytest.approx(
+        np.mean(errors), abs=0.01
+    )
     photos = 'data/demo/freihand/evaluation/rgb'
     load_tool('infer').main(
         [path, checkpoint, photos, '--demo', '--out', 'out', '--json', '--turntable']

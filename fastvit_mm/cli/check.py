@@ -1,5 +1,5 @@
 """Read every image of a config's data sets and list what is wrong:
-python tools/check_data.py CONFIG [--demo] [--json FILE] [--workers N]
+python tools/check_data.py CONFIG [--demo] [--json FILE] [--workers N] [--show FILE]
 
 Each problem is a line: the file, what is wrong with it, and what happens if it stays. The exit code
 is 0 if there are none but notes, and 2 if some would stop or spoil a run.
@@ -13,12 +13,20 @@ from pathlib import Path
 
 from . import options
 
+SUFFIXES = ('.png', '.jpg', '.jpeg')
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = options.config_parser('Read every image of a config and list what is wrong.')
     parser.add_argument('--json', metavar='FILE', help='write all problems there as well')
     parser.add_argument(
         '--workers', type=int, default=min(8, os.cpu_count() or 1), help='processes that read'
+    )
+    parser.add_argument(
+        '--show',
+        metavar='FILE',
+        help='draw augmented training images with their labels there (.png, .jpg), or as '
+        'train.png in this folder',
     )
     args = parser.parse_args(argv)
 
@@ -49,5 +57,36 @@ def main(argv: list[str] | None = None) -> None:
             )
         except OSError as error:
             raise FastViTError(f'cannot write {args.json}: {error.strerror}') from error
+    if args.show:
+        print(f'augmented training images: {draw_sheet(cfg, Path(args.show))}')
     if not report.sound:
         sys.exit(2)
+
+
+def draw_sheet(cfg, path: Path) -> Path:
+    """Write a sheet of augmented training images; gives its path."""
+    import cv2
+    from mmengine.registry import DefaultScope
+    from mmengine.runner import set_random_seed
+
+    import fastvit_mm
+    from fastvit_mm import launch
+    from fastvit_mm.data.sheet import augmented, contact_sheet
+    from fastvit_mm.errors import FastViTError
+
+    path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
+    loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
+    model = fastvit_mm.init_model(cfg)
+    set_random_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        loader = launch.Runner.build_dataloader(loader, seed=0)
+        samples = list(augmented(loader.dataset, model.data_preprocessor))
+    if not samples:
+        raise FastViTError('the training set is empty: there is nothing to show')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _, content = cv2.imencode(path.suffix, contact_sheet(samples, loader.dataset.metainfo))
+        path.write_bytes(content)
+    except OSError as error:
+        raise FastViTError(f'cannot write {path}: {error.strerror}') from error
+    return path

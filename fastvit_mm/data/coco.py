@@ -8,10 +8,12 @@ pycocotools no longer prints what it is about to do.
 """
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
 from mmdet.datasets import CocoDataset
@@ -241,7 +243,14 @@ class MetricCOCO(SoundCOCO):
 
 
 class InOrder:
-    """pycocotools sorts the classes by id; mmdet then names them by their places in the config."""
+    """pycocotools sorts the classes by id; mmdet then names them by their places in the config.
+
+    Attributes:
+        latest: average precision of each class in the config's order, 0 to 1, nan for a class
+            without objects; by what was compared, ``bbox`` or ``segm``, in the last evaluation.
+    """
+
+    latest: dict[str, np.ndarray] = {}
 
     def evaluate(self) -> None:
         self.asked = list(self.params.catIds)
@@ -253,6 +262,11 @@ class InOrder:
             places = [self.params.catIds.index(one) for one in self.asked]
             for key in ('precision', 'scores', 'recall'):  # (..., class, area, detections)
                 self.eval[key] = self.eval[key][..., places, :, :]
+            precision = self.eval['precision'][..., 0, -1]  # of all areas; (IoU, recall, class)
+            known = np.where(precision > -1, precision, np.nan).reshape(-1, len(places))
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', RuntimeWarning)  # a mean of nothing
+                self.latest[self.params.iouType] = np.nanmean(known, axis=0)
 
 
 class OrderedCOCOeval(InOrder, coco_metric.COCOeval):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import mmcv
 import numpy as np
 import torch
 import torch.nn as nn
@@ -10,14 +9,11 @@ from mmcv.transforms import Compose
 from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS, DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 
 from fastvit_mm.data.reading import bad, decode, wrong_with
-from fastvit_mm.reparameterize import unwrap
 from fastvit_mm.settings.widths import type_of
 
-from .drawing import draw_hand
 from .transforms import HandSample
 
 
@@ -73,18 +69,3 @@ def in_original(sample: HandSample, faces: torch.Tensor) -> HandSample:
     sample.pred_uv = sample.pred_uv @ back[:2, :2].T + back[:2, 2]
     sample.faces = faces.cpu()
     return sample
-
-
-@HOOKS.register_module()
-class HandVisualizationHook(Hook):
-    """Draw every prediction of a test into ``out_dir``."""
-
-    def __init__(self, out_dir: str):
-        self.out_dir = Path(out_dir)
-
-    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        for sample in outputs:
-            name = Path(sample.img_path)
-            drawn = in_original(sample, unwrap(runner.model).head.faces)
-            picture = draw_hand(mmcv.imread(str(name)), drawn)
-            mmcv.imwrite(picture, str(self.out_dir / f'{name.stem}.jpg'))

@@ -7,6 +7,7 @@ from .reparameterize import ReparameterizeHook
 from .screen import ScreenHook
 from .stop_on_signal import StopOnSignalHook
 from .sync_statistics import SyncStatisticsHook
+from .test_report import TestReportHook
 from .whole_checkpoint import WholeCheckpointHook
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     'ScreenHook',
     'StopOnSignalHook',
     'SyncStatisticsHook',
+    'TestReportHook',
     'WholeCheckpointHook',
 ]
