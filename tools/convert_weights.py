@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     dst = weights.check_target(args.dst, args.force)
-    checkpoint = weights.read(args.src)
+    checkpoint = weights.read(args.src, select=None if args.prefix else weights.only_encoder)
     state = weights.state_dict_of(checkpoint, args.src)
     state = weights.part_of(state, args.prefix, args.src)
     converted = weights.convert(state, args.to, args.deploy, args.src)

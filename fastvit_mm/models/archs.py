@@ -8,7 +8,7 @@ from fastvit_mm.errors import FastViTError
 #: The networks: Table 2 of FastViT's paper, MobileCLIP's image encoders MCi0 to MCi4
 #: (https://arxiv.org/abs/2311.17049, 2508.20691) and FastVLM's FastViTHD (2412.13303), which is
 #: MCi3 trained for larger images. See :func:`parse_arch`.
-ARCHS = {
+FASTVITS = {
     't8': dict(depths=(2, 2, 4, 2), widths=(48, 96, 192, 384), ffn_ratio=3),
     't12': dict(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512), ffn_ratio=3),
     's12': dict(depths=(2, 2, 6, 2), widths=(64, 128, 256, 512)),
@@ -30,7 +30,7 @@ ARCHS = {
 SMALL = dict(ffn_ratio=3, attention=(0, 0, 0, 1), downsample_se=(0, 0, 1, 1), downsample_act=True)
 LARGE = dict(attention=(0, 0, 0, 1, 1), attention_norm='LN', downsample_act=True, stem_scale=False)
 MCI3 = dict(depths=(2, 12, 24, 4, 2), widths=(96, 192, 384, 768, 1536), **LARGE)
-ARCHS |= {
+ENCODERS = {
     'mci0': dict(depths=(2, 6, 10, 2), widths=(64, 128, 256, 512), **SMALL),
     'mci1': dict(depths=(4, 12, 20, 4), widths=(64, 128, 256, 512), **SMALL),
     'mci2': dict(depths=(4, 12, 24, 4), widths=(80, 160, 320, 640), **SMALL),
@@ -38,6 +38,7 @@ ARCHS |= {
     'mci4': dict(depths=(2, 12, 24, 4, 4), widths=(128, 256, 512, 1024, 2048), **LARGE),
     'hd': MCI3,
 }
+ARCHS = FASTVITS | ENCODERS
 ARCH_DEFAULTS = dict(
     ffn_ratio=4,
     attention=(0, 0, 0, 0),
@@ -88,6 +89,13 @@ def parse_arch(arch: str | dict) -> dict:
     settings = with_defaults(arch)
     check_values(settings)
     return settings
+
+
+def title(name: str) -> str:
+    """The name of a row of :data:`ARCHS` as it is written: FastViT-SA12, MCi0, FastViTHD."""
+    if name in FASTVITS:
+        return f'FastViT-{name.upper()}'
+    return 'FastViTHD' if name == 'hd' else name.replace('mci', 'MCi')
 
 
 def with_defaults(arch: dict) -> dict:

@@ -1,10 +1,11 @@
 """Weights from files: read without running code, recognized by their keys, loaded strictly.
 
 There are four layouts of FastViT's weights: the authors', timm's, ours, and whole OpenMMLab models
-with a FastViT backbone. All are converted to the names of the last (``backbone.*``, ``neck.*``,
-``head.*``).
+with a FastViT backbone; the first two also within a larger model, as its image encoder. All are
+converted to the names of the last (``backbone.*``, ``neck.*``, ``head.*``).
 """
 
+from .encoders import only_encoder
 from .engine import install
 from .files import check_target, find, read, save, state_dict_of
 from .forms import convert
@@ -33,6 +34,7 @@ __all__ = [
     'first',
     'install',
     'load',
+    'only_encoder',
     'part_of',
     'prepare',
     'read',

@@ -1,0 +1,86 @@
+"""Files that hold a FastViT as the image encoder of a larger model: MobileCLIP's, OpenCLIP's and
+FastVLM's. What stands beside it is left out, by name."""
+
+from collections.abc import Collection
+from functools import cache
+
+from mmengine.logging import print_log
+
+from fastvit_mm.errors import FastViTError
+
+from .states import State, first, starting_with
+
+#: Where the encoder's names start, and those of what else is in such a file.
+ENCODERS = {
+    'image_encoder.model.': ('text_encoder.', 'logit_scale'),  # MobileCLIP
+    'visual.trunk.': (  # OpenCLIP, with its own text tower or the older one without a prefix
+        'text.',
+        'transformer.',
+        'token_embedding.',
+        'positional_embedding',
+        'ln_final.',
+        'attn_mask',
+        'text_projection',
+        'logit_scale',
+        'logit_bias',
+    ),
+    'model.vision_tower.vision_tower.model.': ('model.', 'lm_head.'),  # FastVLM
+}
+LICENCE = (
+    "the weights of MobileCLIP's and FastVLM's encoders are for research only (Apple Machine "
+    'Learning Research Model licence, AMLR), and so is what is trained from them'
+)
+
+
+@cache
+def say_licence() -> None:
+    """Once per process."""
+    print_log(LICENCE, 'current')
+
+
+def encoder_in(names: Collection[str]) -> str | None:
+    """The start of the encoder's names, or None if this is not such a file."""
+    for prefix in ENCODERS:
+        for start in (prefix, f'module.{prefix}'):
+            firsts = f'{start}patch_embed.0.', f'{start}stem.0.'
+            if any(name.startswith(firsts) for name in names):
+                return start
+    return None
+
+
+def only_encoder(names: Collection[str], source) -> list[str]:
+    """Those of ``names`` that belong to the encoder, all of them if this is not such a file.
+
+    Raises:
+        FastViTError: what stands beside the encoder is not known.
+    """
+    start = encoder_in(names)
+    if start is None:
+        return list(names)
+    module = 'module.' if start.startswith('module.') else ''
+    beside = tuple(module + name for name in ENCODERS[start.removeprefix(module)])
+    others = [name for name in names if not name.startswith(start)]
+    if unknown := [name for name in others if not name.startswith(beside)]:
+        raise FastViTError(
+            f'{source} has more than an image encoder and what usually stands beside it: '
+            f'{first(unknown)}; choose the encoder with prefix={start[:-1]!r} (of init_cfg) or '
+            f'--prefix {start[:-1]} (of convert_weights.py)'
+        )
+    if others:
+        parts = sorted({next(b for b in beside if n.startswith(b)).rstrip('.') for n in others})
+        print_log(
+            f'{source}: the image encoder only; left out: {", ".join(parts)} '
+            f'({len(others)} tensors)',
+            'current',
+        )
+    say_licence()
+    return [name for name in names if name.startswith(start)]
+
+
+def encoder_of(state: State, source) -> State:
+    """The encoder in ``state`` under its own names, or ``state`` if this is not such a file."""
+    start = encoder_in(state)
+    if start is None:
+        return state
+    kept = only_encoder(state, source)
+    return starting_with({name: state[name] for name in kept}, start)
