@@ -44,6 +44,7 @@ EXTRAS = {
         'hypothesis>=6.100',
         'pytest',
         'pytest-randomly',
+        'pytest-timeout>=2.4',
         'pytest-xdist',
         'ruff',
         'setuptools>=70.1',
@@ -106,6 +107,7 @@ setup(
     # torchvision; each torchvision requires its own torch.
     install_requires=['torch>=2.10,!=2.13.0', 'torchvision>=0.25'],
     extras_require=EXTRAS,
+    entry_points={'console_scripts': ['fastvit = fastvit_mm.cli:main']},
     cmdclass={'build_py': BuildPy},
     zip_safe=False,
 )

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as BaseRunner
 
-from . import data, failures, settings, weights
+from . import configs, data, failures, settings, weights
 from .data import check_data
 from .demo import apply_demo
 from .errors import FastViTError, one_line
@@ -34,7 +34,7 @@ def debug_argument(parser: argparse.ArgumentParser) -> None:
 def config_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every tool that takes a config, for :func:`load_config`."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or fastvit_mm::<task>/<name>')
     parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
     parser.add_argument(
         '--cfg-options',
@@ -69,9 +69,7 @@ def load_config(args: argparse.Namespace, training: bool = False, more: Iterable
         FastViTError: the file does not exist or cannot be read, or a setting is wrong.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    path = Path(args.config)
-    if not path.is_file():
-        raise FastViTError(f'config {path} does not exist: the configs are under configs/<task>/')
+    path = configs.find(args.config)
     try:
         cfg = Config.fromfile(path)
     except Exception as error:

@@ -3,11 +3,10 @@
 Nothing here depends on how fast anything is.
 """
 
-import importlib.util
+import importlib
 import itertools
 import json
 import re
-import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn as nn
 import yaml
 
 from fastvit_mm import launch
+from fastvit_mm.cli import benchmark
 
 ROOT = Path(__file__).parent.parent
 SEGMENTER = f"""
@@ -32,12 +32,7 @@ TINY = ['--archs', 't8', '--sizes', '32', '--batch', '1']
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('tool_benchmark', ROOT / 'tools/benchmark.py')
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
+    return benchmark
 
 
 @pytest.fixture
@@ -111,7 +106,7 @@ def test_subcommands(args, run, tmp_path):
 
 
 def test_refuses_when_outputs_differ(run, monkeypatch, tmp_path):
-    sides = importlib.import_module('benchmarks.sides')
+    sides = importlib.import_module('fastvit_mm.benchmarks.sides')
     deployed = sides.deployed
 
     def wrong(arch):
@@ -178,7 +173,7 @@ def test_ratio_is_taken_turn_by_turn(tool):
 
 def test_a_ratio_above_one_means_that_ours_is_faster(tool, monkeypatch):
     """Where the tables say it: twice as fast in the better layouts, thrice in the contiguous."""
-    sides = importlib.import_module('benchmarks.sides')
+    sides = importlib.import_module('fastvit_mm.benchmarks.sides')
     seconds = {
         'ours, contiguous': 2.0,
         'ours, channels last': 1.0,
@@ -198,7 +193,7 @@ def test_a_ratio_above_one_means_that_ours_is_faster(tool, monkeypatch):
 
 def test_how_many_times_faster_than_the_networks_of_the_paper(tool, monkeypatch):
     """The paper's own ratios, from latencies that have them: its claim and ours side by side."""
-    compare = importlib.import_module('benchmarks.compare')
+    compare = importlib.import_module('fastvit_mm.benchmarks.compare')
     seconds = {compare.CLAIMANT: 0.5} | {k: 0.5 * v for k, v in compare.CLAIMS.items()}
     measured = {name: [time] * 3 for name, time in seconds.items()}
     monkeypatch.setattr(compare, 'quickest', lambda *_: (lambda: torch.ones(1), 'contiguous', 1))
@@ -243,14 +238,16 @@ def test_flops_count_two_for_a_multiply_add(tool):
 
 
 def test_exponent_of_a_power_law(tool):
-    growth = importlib.import_module('benchmarks.growth')
+    growth = importlib.import_module('fastvit_mm.benchmarks.growth')
     pixels = [256**2, 512**2, 1024**2]
     assert growth.exponent(pixels, [3 * p**1.5 for p in pixels]) == pytest.approx(1.5)
     assert growth.exponent(pixels, pixels) == pytest.approx(1)
 
 
 def test_attention_holds_no_n_by_n_matrix(run):
-    growth, sides = (importlib.import_module(f'benchmarks.{name}') for name in ('growth', 'sides'))
+    growth, sides = (
+        importlib.import_module(f'fastvit_mm.benchmarks.{name}') for name in ('growth', 'sides')
+    )
     with torch.inference_mode():
         row = growth.attention_memory(sides.deployed('sa12')['ours'], (800, 1333), 'cpu')
     assert (row['N'], row['heads']) == (25 * 42, 16)
@@ -265,7 +262,7 @@ def test_attention_holds_no_n_by_n_matrix(run):
     [('ti', 9.5, 0.6), ('xs', 15.2, 1.5), ('s', 25.1, 4.0), ('b', 45.7, 9.3)],
 )
 def test_cmt_counts(variant, parameters, multiply_adds, tool):
-    from benchmarks.cmt import CMT, VARIANTS
+    from fastvit_mm.benchmarks.cmt import CMT, VARIANTS
 
     model = CMT(variant).eval()
     size = VARIANTS[variant]['size']
@@ -280,7 +277,7 @@ def test_cmt_counts(variant, parameters, multiply_adds, tool):
 
 
 def test_published_accuracies_are_those_of_the_configs(tool):
-    from benchmarks.networks import CLAIMANT, CLAIMS, NETWORKS
+    from fastvit_mm.benchmarks.networks import CLAIMANT, CLAIMS, NETWORKS
 
     listed = {n.name: n.top1 for n in NETWORKS if n.family == 'FastViT'}
     models = yaml.safe_load((ROOT / 'configs/classification/metafile.yml').read_text())['Models']
@@ -306,8 +303,8 @@ class NormFirst(nn.Module):
 def test_norms_are_folded_where_that_changes_nothing(tool):
     from timm.layers import BatchNormAct2d
 
-    from benchmarks.networks import fold_norms
-    from benchmarks.sides import unsettle
+    from fastvit_mm.benchmarks.networks import fold_norms
+    from fastvit_mm.benchmarks.sides import unsettle
 
     def norms(model):
         return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

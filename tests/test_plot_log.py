@@ -10,13 +10,13 @@ import test_tools
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from PIL import Image
-from test_tools import CLASSIFICATION, DETECTION, load_tool, refusal, shallow
+from test_tools import CLASSIFICATION, DETECTION, refusal, shallow
 
-from fastvit_mm import FastViTError
+from fastvit_mm import FastViTError, curves
 from fastvit_mm.demo import scenes
+from fastvit_mm.running import train_options
 
 home, tool = test_tools.home, test_tools.tool
-plot_log = load_tool('plot_log')
 
 
 def train(first, last, every=10, epoch=None, loss=lambda step: 1 / step):
@@ -40,7 +40,7 @@ def steps(points):
 def test_counted_in_iterations(tmp_path):
     val = dict(mIoU=40.0, aAcc=80.0, data_time=0.1, time=0.2, step=30)
     log(tmp_path, '1', *train(10, 30), val, *train(40, 60), val | dict(step=60, mIoU=50.0))
-    found = plot_log.curves(tmp_path)
+    found = curves.curves(tmp_path)
     assert found.keys() == {'loss', 'lr', 'mIoU', 'aAcc'}
     assert found['loss'] == [(step, 1 / step) for step in range(10, 61, 10)]
     assert found['mIoU'] == [(30, 40.0), (60, 50.0)]
@@ -54,7 +54,7 @@ def test_counted_in_epochs(tmp_path):
         lines += train(begin + 10, begin + 40, epoch=46)
         lines.append({'coco/bbox_mAP': epoch / 10, 'coco/bbox_mAP_s': -1.0, 'step': epoch})
     log(tmp_path, '1', *lines)
-    found = plot_log.curves(tmp_path)
+    found = curves.curves(tmp_path)
     assert [value for _, value in found['coco/bbox_mAP']] == [0.1, 0.2, 0.3]
     assert steps(found['coco/bbox_mAP']) == pytest.approx([46, 92, 138], abs=6)
     assert 'coco/bbox_mAP_s' not in found, '-1 is no measurement'
@@ -65,23 +65,23 @@ def test_resumed_and_started_afresh(tmp_path):
     log(tmp_path, '20260101_000000', *train(10, 50), val, *train(60, 70))
     log(tmp_path, '20260101_010000', *train(60, 100, loss=lambda step: 7.0))
     log(tmp_path, '20260101_020000', end='')  # a test leaves an empty one, or none
-    found = plot_log.curves(tmp_path)
+    found = curves.curves(tmp_path)
     assert steps(found['loss']) == list(range(10, 101, 10)), 'each iteration once'
     assert [value for _, value in found['loss'][5:]] == [7.0] * 5
     assert steps(found['mIoU']) == [50]
     log(tmp_path, '20260101_030000', *train(10, 20, loss=lambda step: 9.0))
-    assert plot_log.curves(tmp_path)['loss'] == [(10, 9.0), (20, 9.0)]
+    assert curves.curves(tmp_path)['loss'] == [(10, 9.0), (20, 9.0)]
 
 
 def test_damaged_lines(tmp_path, capsys):
     """A killed run leaves half a line, a full disk worse."""
     path = log(tmp_path, '1', *train(10, 30), end='\n{"lr": 0.001, "lo')
-    assert steps(plot_log.curves(tmp_path)['loss']) == [10, 20, 30]
+    assert steps(curves.curves(tmp_path)['loss']) == [10, 20, 30]
     assert 'scalars.json: 1 unreadable line skipped' in capsys.readouterr().err
     path.write_bytes(b'\xff\xfe\x00\n[1]\n3\n\n' + path.read_bytes())
-    assert steps(plot_log.curves(tmp_path)['loss']) == [10, 20, 30]
+    assert steps(curves.curves(tmp_path)['loss']) == [10, 20, 30]
     log(tmp_path, '1', *train(10, 20), dict(iter=30, step=30, loss=math.nan), *train(40, 50))
-    loss = plot_log.curves(tmp_path)['loss']
+    loss = curves.curves(tmp_path)['loss']
     assert steps(loss) == [10, 20, 30, 40, 50] and math.isnan(loss[2][1])
 
 
@@ -90,7 +90,7 @@ def test_what_is_drawn():
     axis, other = figure.subplots(1, 2)
     noisy = [(step, 5 + (-1) ** (step // 10)) for step in range(10, 1011, 10)]
     runs = dict(a=dict(loss=noisy, mIoU=[(500, 30.0), (1000, 40.0)]), b=dict(loss=noisy[:9]))
-    plot_log.draw(axis, 'loss', runs)
+    curves.draw(axis, 'loss', runs)
     raw, smoothed, short = (line.get_xydata() for line in axis.lines)
     assert raw.tolist() == [list(map(float, point)) for point in noisy]
     assert smoothed[:, 0].tolist() == raw[:, 0].tolist()
@@ -98,16 +98,16 @@ def test_what_is_drawn():
     assert short.tolist() == raw[:9].tolist()
     colours = [line.get_color() for line in axis.lines]
     assert colours[0] == colours[1] != colours[2]
-    plot_log.draw(other, 'mIoU', runs)
+    curves.draw(other, 'mIoU', runs)
     assert other.get_title(loc='left') == 'mIoU (%)'
     assert [line.get_xydata().tolist() for line in other.lines] == [[[500, 30], [1000, 40]]]
     constant = np.full(100, 3.0)
-    np.testing.assert_allclose(plot_log.smooth(constant), constant)
+    np.testing.assert_allclose(curves.smooth(constant), constant)
 
 
 def test_panels():
     def names(*keys):
-        return plot_log.panels(dict(run={key: [] for key in keys}))
+        return curves.panels(dict(run={key: [] for key in keys}))
 
     assert names('lr', 'loss', 'loss_a', 'loss_b', 'mAP') == [
         'loss',
@@ -145,7 +145,7 @@ def test_refusals(tool, tmp_path):
     (tmp_path / 'file').write_text('')
     refusal(tool('plot_log', tmp_path / 'run', '--out', tmp_path / 'file/a.png'), 'cannot write')
     with pytest.raises(FastViTError, match='no training log'):
-        plot_log.curves(tmp_path)
+        curves.curves(tmp_path)
 
 
 def test_tensorboard_holds_the_scalars(tool, tmp_path, monkeypatch):
@@ -165,10 +165,10 @@ def test_tensorboard_holds_the_scalars(tool, tmp_path, monkeypatch):
     events = EventAccumulator(str(folder))
     events.Reload()
     lines = [json.loads(line) for line in (folder / 'scalars.json').read_text().splitlines()]
-    curves = plot_log.curves(tmp_path / 'run')
-    assert {'loss', 'lr', 'accuracy/top1'} <= curves.keys() & set(events.Tags()['scalars'])
-    assert steps(curves['loss']) == [1, 2, 3, 4] and steps(curves['accuracy/top1']) == [2, 4]
-    for name, points in curves.items():
+    found = curves.curves(tmp_path / 'run')
+    assert {'loss', 'lr', 'accuracy/top1'} <= found.keys() & set(events.Tags()['scalars'])
+    assert steps(found['loss']) == [1, 2, 3, 4] and steps(found['accuracy/top1']) == [2, 4]
+    for name, points in found.items():
         written = [(line['step'], line[name]) for line in lines if name in line]
         held = [(event.step, event.value) for event in events.Scalars(name)]
         assert held == [(step, pytest.approx(value, rel=1e-5)) for step, value in written]
@@ -188,7 +188,7 @@ def test_tensorboard_is_not_there(tool, home, monkeypatch):
 
 
 def test_tensorboard_once_and_in_any_config():
-    log_to_tensorboard = load_tool('train').log_to_tensorboard
+    log_to_tensorboard = train_options.log_to_tensorboard
     for visualizer in (None, dict(type='V'), dict(type='V', vis_backends=None)):
         cfg = Config(dict(visualizer=visualizer) if visualizer else {})
         for _ in range(2):

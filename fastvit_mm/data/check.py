@@ -1,8 +1,9 @@
 """Everything that is wrong with the data sets of a config, every image read."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
@@ -18,13 +19,14 @@ from fastvit_mm.failures import root_cause, without_traceback
 from .class_folders import label_problems, layouts
 from .listing import build, loader_problems, where
 from .paths import check_paths
-from .problems import NOTE, SPOILS, STOPS, Problem
+from .problems import LEVELS, NOTE, SPOILS, STOPS, Problem
 from .reading import ClassIds, guard, leaves, orientation
 from .sets import datasets_in, datasets_of, is_local, kind_of
 
 STAGES = ('train', 'val', 'test')
 UNLABELLED = 'has no labelled pixel'
 BATCH = 8
+SHOWN = 20  # problems of each kind in a printed report
 
 
 @dataclass
@@ -43,6 +45,25 @@ class Report:
     @property
     def sound(self) -> bool:
         return all(one.level == NOTE for one in self.problems)
+
+    def as_json(self) -> dict:
+        return dict(images=self.images, problems=[asdict(one) for one in self.problems])
+
+    def __str__(self) -> str:
+        """A line for each problem, the worst first, and a last one that counts them."""
+        kinds, lines = defaultdict(list), []
+        for one in self.problems:
+            kinds[LEVELS.index(one.level), one.then].append(one)
+        for (level, then), problems in sorted(kinds.items(), key=lambda kind: kind[0][0]):
+            lines += [f'{LEVELS[level]}: {one}: {then}' for one in problems[:SHOWN]]
+            if (more := len(problems) - SHOWN) > 0:
+                lines.append(f'{LEVELS[level]}: {more} more of this kind: {then}')
+        read = '; '.join(f'{number} images of {stages}' for stages, number in self.images.items())
+        numbers = [sum(one.level == level for one in self.problems) for level in LEVELS]
+        words = (('that stops', 'that stop'), ('that spoils', 'that spoil'), ('note', 'notes'))
+        counted = ', '.join(f'{n} {w[n != 1]}' for n, w in zip(numbers, words, strict=True))
+        found = counted if self.problems else 'nothing is wrong'
+        return '\n'.join([*lines, f'read {read or "no images"}: {found}'])
 
 
 class Reader(Dataset):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -311,3 +312,14 @@ def expected_operators(graph: Graph) -> Counter:
     for handle in handles:
         handle.remove()
     return calls
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file that must not be used, and the weights that OpenVINO saves next to it."""
+    aside = path.with_name(f'{path.stem}.failed{path.suffix}')
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    path.replace(aside)
+    if (weights := path.with_suffix('.bin')).exists() and path.suffix == '.xml':
+        weights.replace(aside.with_suffix('.bin'))
+    return aside

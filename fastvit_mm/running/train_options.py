@@ -87,6 +87,14 @@ def apply(cfg: Config, args: argparse.Namespace) -> None:
         cfg.compile = dict(backend=args.compile)
 
 
+def log_to_tensorboard(cfg: Config) -> None:
+    """Make the visualizer also write TensorBoard's event files."""
+    cfg.setdefault('visualizer', dict(type='Visualizer'))
+    backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
+    if all(one['type'] != 'TensorboardVisBackend' for one in backends):
+        cfg.visualizer.vis_backends = [*backends, dict(type='TensorboardVisBackend')]
+
+
 def accumulate(cfg: Config, parts: int) -> None:
     """Let an iteration take ``parts`` times the config's batch, in as many parts."""
     hooks = cfg.get('custom_hooks') or []

@@ -5,7 +5,6 @@ with a FastViT backbone; the first two also within a larger model, as its image 
 converted to the names of the last (``backbone.*``, ``neck.*``, ``head.*``).
 """
 
-from .encoders import only_encoder
 from .engine import install
 from .files import check_target, find, read, save, state_dict_of
 from .forms import convert
@@ -21,6 +20,7 @@ from .layouts import (
 )
 from .loading import drop_pretrained, load, prepare
 from .states import first
+from .whole_files import convert_file
 
 __all__ = [
     'SHARED',
@@ -28,13 +28,13 @@ __all__ = [
     'authors_to_timm',
     'check_target',
     'convert',
+    'convert_file',
     'describe',
     'drop_pretrained',
     'find',
     'first',
     'install',
     'load',
-    'only_encoder',
     'part_of',
     'prepare',
     'read',

@@ -49,10 +49,10 @@ def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> St
     own = {f'{n}.' if n else '': m for n, m in own.items()}
     backbones = [n for n, m in own.items() if isinstance(m, FastViT)]
     state = place_all(state, backbones, source)
-    found, wanted = [], []
+    found, wanted, parts = [], [], {}
     for prefix in backbones:
         built, count = len(own[prefix].stages), len(own[prefix].settings['depths'])
-        check_activation(own[prefix], starting_with(state, prefix), published, source)
+        parts[prefix] = starting_with(state, prefix)
         unbuilt = tuple(f'{prefix}stages.{i}.' for i in range(built, count))
         wanted.append(describe(own[prefix].state_dict()))
         known = built == count and holds(state, [prefix])
@@ -84,6 +84,8 @@ def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> St
             print_log(f'{source}: not in the file, so newly initialized: {first(fresh)}', 'current')
     if missing or unexpected:
         raise FastViTError(mismatch(source, found, wanted, missing, unexpected, state, target))
+    for prefix, part in parts.items():
+        check_activation(own[prefix], part, published, source)
     return state
 
 

@@ -1,0 +1,68 @@
+"""Visualize predictions:
+python tools/infer.py CONFIG CHECKPOINT_OR_EXPORTED IMAGE|FOLDER|VIDEO|- --out D [--json] ...
+
+A folder is searched recursively, in sorted order, for all images that OpenCV can read; pictures
+keep names and subfolders: FOLDER/a/b.png becomes D/a/b.jpg. A video VIDEO.avi becomes D/VIDEO.mp4
+of the same size (odd sizes lose one pixel) and frame rate. `-` is one encoded image on standard
+input.
+
+Images are rotated upright according to their EXIF data, in pictures and JSON. An image that cannot
+be read is reported and skipped; the exit code is then 1.
+
+--json writes D/NAME.predictions.json and D/NAME.images.json, where NAME is the input's name. The
+first is a list in COCO's results format, the second explains its ids: `images` are numbered from 1
+(frames have a `frame_index` from 0), `categories` are the model's classes in order, from 1.
+The results of each task:
+  detection       image_id, category_id, score, bbox [x, y, width, height], segmentation (RLE)
+  segmentation    image_id, category_id, segmentation (RLE): one for each class present
+  classification  image_id, category_ids, labels, scores: the five most likely classes
+  hand mesh       image_id, xyz, verts (metres, relative to the root joint), uv (pixels)
+COCO('D/NAME.images.json').loadRes('D/NAME.predictions.json') reads the first two.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from fastvit_mm import launch
+from fastvit_mm.errors import FastViTError
+from fastvit_mm.prediction import load, look, open_input
+
+
+def main(argv: list[str] | None = None) -> None:
+    description, _, details = __doc__.partition('\n\n')
+    parser = launch.config_parser(description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = details
+    parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
+    parser.add_argument('source', metavar='input', help='image, folder, video, or - for stdin')
+    parser.add_argument('--out', required=True, help='folder for the pictures')
+    parser.add_argument('--reparam', action='store_true', help='use the deploy form')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.3, help='minimum score of a box, 0 to 1 (0.3)'
+    )
+    parser.add_argument('--json', action='store_true', help="also write COCO's JSON formats")
+    parser.add_argument(
+        '--turntable', action='store_true', help='of a hand mesh, a GIF that turns, beside each'
+    )
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
+    args = parser.parse_args(argv)
+
+    if not 0 <= args.score_thr <= 1:
+        raise FastViTError(f'--score-thr {args.score_thr} is not between 0 and 1')
+    out = Path(args.out)
+    source = open_input(args.source, out)
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    cfg = launch.load_config(args)
+    if args.turntable and cfg.model.type != 'HandMesh':
+        raise FastViTError('--turntable is for hand meshes: leave it out')
+    model = load(cfg, args.checkpoint, device, args.reparam)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        skipped = look(model, source, out, args.score_thr, args.json, args.turntable)
+    except OSError as error:
+        raise FastViTError(f'cannot write to {out}: {error}') from error
+    if skipped:
+        sys.exit(1)
