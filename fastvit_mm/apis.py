@@ -78,6 +78,9 @@ def init_model(
     if checkpoint is not None and not exported:
         read = weights.load(model, checkpoint, whole=True)
         meta = read['meta'].get('dataset_meta') or meta
+    texts = getattr(getattr(model, 'head', None), 'class_names', None)
+    if texts is not None:  # a zero-shot head knows its classes, and has none without texts
+        meta = dict(classes=texts)
     if meta:
         model.dataset_meta = model._dataset_meta = meta
     model.cfg = config
@@ -105,8 +108,8 @@ def inference(model: nn.Module, images: Images):
 
     Returns:
         What the model's package returns for an image (mmpretrain: a dict with ``pred_label``,
-        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; for a hand mesh
-        model a HandSample), or a list.
+        ``pred_score``, ``pred_class``, or with ``embedding``; mmdet: DetDataSample; mmseg:
+        SegDataSample; for a hand mesh model a HandSample), or a list.
 
     Raises:
         FastViTError: an image cannot be read; names the file.
@@ -158,7 +161,10 @@ class ByInferencer:
         inferencer.classes = inferencer.model._dataset_meta.get('classes')
         # what calling it does, without the progress bar
         (batch,) = inferencer.preprocess([image])
-        return inferencer.postprocess(inferencer.forward(batch), [])[0]
+        samples = inferencer.forward(batch)
+        if 'embedding' in samples[0]:
+            return dict(embedding=samples[0].embedding.float().cpu().numpy())
+        return inferencer.postprocess(samples, [])[0]
 
 
 class ByPipeline:

@@ -24,6 +24,7 @@ class FastViTNeck(BaseModule):
         out_channels: a multiple of ``in_channels``; twice by default.
         projection: width of MobileCLIP's embeddings, 512 (mci0 to mci2) or 768 (mci3, mci4): adds
             a linear layer without bias. None for none.
+        frozen: keep the weights and statistics, as linear probing does.
         deploy: build the deploy form.
         fused_training: as in :class:`FastViT`.
     """
@@ -33,6 +34,7 @@ class FastViTNeck(BaseModule):
         in_channels: int,
         out_channels: int | None = None,
         projection: int | None = None,
+        frozen: bool = False,
         deploy: bool = False,
         fused_training: bool = True,
         norm_cfg: dict = dict(type='BN'),
@@ -61,7 +63,9 @@ class FastViTNeck(BaseModule):
         if projection:
             self.projection = nn.Linear(out_channels, projection, bias=False)
             nn.init.trunc_normal_(self.projection.weight, std=0.02)
+        self.frozen = frozen
         set_fused(self, fused_training)
+        self.requires_grad_(not frozen)
         if deploy:
             self.switch_to_deploy()
 
@@ -76,3 +80,7 @@ class FastViTNeck(BaseModule):
     def switch_to_deploy(self) -> None:
         """Merge the block's branches in place; calling it twice is harmless."""
         deploy_parts(self)
+        self.requires_grad_(not self.frozen)
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)

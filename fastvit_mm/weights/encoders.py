@@ -48,15 +48,15 @@ def encoder_in(names: Collection[str]) -> str | None:
     return None
 
 
-def only_encoder(names: Collection[str], source) -> list[str]:
-    """Those of ``names`` that belong to the encoder, all of them if this is not such a file.
+def split(names: Collection[str], source) -> tuple[list[str], list[str]]:
+    """The encoder's names, and what stands beside it: all and nothing if this is not such a file.
 
     Raises:
         FastViTError: what stands beside the encoder is not known.
     """
     start = encoder_in(names)
     if start is None:
-        return list(names)
+        return list(names), []
     module = 'module.' if start.startswith('module.') else ''
     beside = tuple(module + name for name in ENCODERS[start.removeprefix(module)])
     others = [name for name in names if not name.startswith(start)]
@@ -66,15 +66,22 @@ def only_encoder(names: Collection[str], source) -> list[str]:
             f'{first(unknown)}; choose the encoder with prefix={start[:-1]!r} (of init_cfg) or '
             f'--prefix {start[:-1]} (of convert_weights.py)'
         )
+    return [name for name in names if name.startswith(start)], others
+
+
+def only_encoder(names: Collection[str], source) -> list[str]:
+    """The encoder's names (see :func:`split`); says what is left out, and the licence."""
+    kept, others = split(names, source)
     if others:
-        parts = sorted({next(b for b in beside if n.startswith(b)).rstrip('.') for n in others})
+        parts = sorted({name.removeprefix('module.').split('.')[0] for name in others})
         print_log(
             f'{source}: the image encoder only; left out: {", ".join(parts)} '
             f'({len(others)} tensors)',
             'current',
         )
-    say_licence()
-    return [name for name in names if name.startswith(start)]
+    if encoder_in(kept):
+        say_licence()
+    return kept
 
 
 def encoder_of(state: State, source) -> State:
@@ -82,5 +89,4 @@ def encoder_of(state: State, source) -> State:
     start = encoder_in(state)
     if start is None:
         return state
-    kept = only_encoder(state, source)
-    return starting_with({name: state[name] for name in kept}, start)
+    return starting_with({name: state[name] for name in split(state, source)[0]}, start)

@@ -182,6 +182,7 @@ def prepare(
     checkpoint = read(source, select=only_encoder if has_fastvit(model) and not prefix else None)
     state = part_of(state_dict_of(checkpoint, source), prefix, source)
     if has_fastvit(model):
+        state = {name: state[name] for name in only_encoder(state, source)}
         state = fit(model, state, source, whole, switch)
     elif whole and any(wrong := incompatible(model.state_dict(), state)):
         names = (['another model'], [type(model).__name__])

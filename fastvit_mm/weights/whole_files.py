@@ -41,6 +41,7 @@ def convert_file(
     dst = check_target(dst, force)
     checkpoint = read(src, select=None if prefix else only_encoder)
     state = part_of(state_dict_of(checkpoint, src), prefix, src)
+    state = {name: state[name] for name in only_encoder(state, src)}
     converted = convert(state, to, deploy, src)
     content = converted if to == 'timm' else dict(state_dict=converted)  # as each project does
     if to == 'mm' and (meta := checkpoint.get('meta')):
