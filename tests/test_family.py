@@ -18,7 +18,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 import fastvit_mm
 from fastvit_mm import ARCHS, FastViT, FastViTError, FastViTNeck, pictures, weights
-from fastvit_mm.export import export
+from fastvit_mm.export import FORMATS, export, verify
 from fastvit_mm.models.archs import parse_arch
 from fastvit_mm.prediction.results import results
 from fastvit_mm.zero_shot import ZeroShotHead
@@ -347,3 +347,45 @@ def test_a_frozen_neck():
     assert not any(p.requires_grad for p in neck.parameters())
     assert all(torch.equal(v, before[k]) for k, v in neck.state_dict().items())
     assert all(p.requires_grad for p in FastViTNeck(8).parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format', FORMATS)
+def test_every_format(format, tmp_path):
+    """Squeeze-and-excite, GELU and LayerNorm, five stages: the file gives the network's numbers."""
+    arch = {**shallow('mci3'), 'widths': (32, 64, 64, 128, 128), 'downsample_se': (0, 0, 1, 1, 0)}
+    cfg = Config.fromfile(EMBEDDING)
+    cfg.model.backbone = dict(type='FastViT', arch=arch, out_indices=(4,))
+    cfg.model.neck = dict(type='FastViTNeck', in_channels=128, projection=16)
+    model = randomize(fastvit_mm.init_model(cfg))
+    path = tmp_path / f'model{FORMATS[format].suffix}'
+    try:
+        info = export(model, path, format, size=(96, 64), preprocess=True)
+    except FastViTError as error:
+        assert 'pip install' in str(error), error
+        pytest.skip(str(error))
+    assert info['task'] == 'embedder' and info['outputs'] == ['embeddings']
+    noise = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    assert verify(model, path, [noise]).explained
+    other = randomize(fastvit_mm.init_model(cfg), seed=1)
+    assert not verify(other, path, [noise]).explained
+
+
+def test_the_commands(embedder, tmp_path, capfd):
+    """From timm's file to an exported one, and to embeddings of a folder of images."""
+    from fastvit_mm.cli import export as export_command
+    from fastvit_mm.cli import infer
+
+    _, file = embedder
+    (folder := tmp_path / 'photos').mkdir()
+    Image.fromarray(photo()).save(folder / 'a.png')
+    config, onnx, out = str(EMBEDDING), str(tmp_path / 'm.onnx'), tmp_path / 'out'
+    export_command.main([config, str(file), onnx, '--size', '256'])
+    assert 'gives  embeddings' in capfd.readouterr().out
+    vectors = []
+    for source in (str(file), onnx):
+        infer.main([config, source, str(folder), '--out', str(out), '--json'])
+        (record,) = json.loads((out / 'photos.predictions.json').read_text())
+        vectors.append(torch.tensor(record['embedding']))
+        assert (out / 'a.jpg').is_file()
+    assert vectors[0].shape == (512,) and relative(vectors[1], vectors[0]) < 1e-4

@@ -188,8 +188,9 @@ class RepBlock(RepConv):
 
     def add_se_and_act(self, se_reduction: int | None, act_cfg: dict | None) -> None:
         channels = self.geometry['out_channels']
-        squeeze = lambda: SqueezeExcitation(channels, channels // se_reduction)  # noqa: E731
-        self.se = squeeze() if se_reduction else nn.Identity()
+        self.se = nn.Identity()
+        if se_reduction:
+            self.se = SqueezeExcitation(channels, channels // se_reduction)
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
 
     @accelerated(sum_of_branches, over=branch_modules)

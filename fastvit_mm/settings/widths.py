@@ -31,6 +31,7 @@ def check_widths(model: dict) -> None:
         head = model.get('head')
         if type_of(head) in ('LinearClsHead', 'ManoHead'):
             wide = neck.get('out_channels') or 2 * neck['in_channels']
+            wide = neck.get('projection') or wide
             compare('model.head', head, wide, 'the neck')
 
 

@@ -67,17 +67,12 @@ def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> St
         starts = tuple(
             s for s in own if s in backbones or any(k.startswith(s) and k in target for k in state)
         )
-        # Only dense prediction has output norms, and only MobileCLIP a projection.
-        norm = re.compile(
-            rf'(?:{"|".join(map(re.escape, backbones))})norm\d\.|(?:.*\.)?neck\.projection\.'
-        )
-        required = {
-            k
-            for k in target
-            if k.startswith(starts) and (not norm.match(k) or k.endswith('projection.weight'))
-        }
+        norm = re.compile(rf'(?:{"|".join(map(re.escape, backbones))})norm\d\.')
+        required = {k for k in target if k.startswith(starts) and not norm.match(k)}
         fresh = missing - required
         foreign = {k for k in unexpected if not k.startswith(starts) or norm.match(k) or k in fresh}
+        # Only embeddings need the projection.
+        foreign |= {k for k in unexpected - set(target) if k.endswith('neck.projection.weight')}
         missing, unexpected = missing & required, unexpected - foreign
         state = without(state, foreign)
         if fresh:
@@ -107,11 +102,11 @@ def check_activation(module: FastViT, state: State, published: bool, source) -> 
     sure = published or isinstance(module.network['arch'], str)
     names = candidates(state) if sure else []
     if names and all(parse_arch(name)['downsample_act'] != has for name in names):
-        theirs, ours = ('no activation', 'an activation')[:: -1 if not has else 1]
+        words = {False: 'no activation', True: 'an activation'}
         raise FastViTError(
-            f'{source} does not fit: this is {" or ".join(map(title, names))}, where {theirs} '
-            f'follows the large-kernel convolution; in the model, {ours} does: it would compute '
-            'another function with these weights'
+            f'{source} does not fit: this is {" or ".join(map(title, names))}, where '
+            f'{words[not has]} follows the large-kernel convolution; in the model, {words[has]} '
+            'does: it would compute another function with these weights'
         )
 
 
