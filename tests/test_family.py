@@ -380,7 +380,7 @@ def test_the_commands(embedder, tmp_path, capfd):
     (folder := tmp_path / 'photos').mkdir()
     Image.fromarray(photo()).save(folder / 'a.png')
     config, onnx, out = str(EMBEDDING), str(tmp_path / 'm.onnx'), tmp_path / 'out'
-    export_command.main([config, str(file), onnx, '--size', '256'])
+    export_command.main([config, str(file), '--out', onnx])
     assert 'gives  embeddings' in capfd.readouterr().out
     vectors = []
     for source in (str(file), onnx):
