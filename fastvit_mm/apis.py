@@ -77,6 +77,9 @@ def init_model(
     if checkpoint is not None and not exported:
         read = weights.load(model, checkpoint, whole=True)
         meta = read['meta'].get('dataset_meta') or meta
+    texts = getattr(getattr(model, 'head', None), 'class_names', None)
+    if texts is not None:  # a zero-shot head knows its classes, and has none without texts
+        meta = dict(classes=texts)
     if meta:
         model.dataset_meta = model._dataset_meta = meta
     model.cfg = config
@@ -107,8 +110,9 @@ def inference(model: nn.Module, images: Images, batch_size: int = 8):
 
     Returns:
         What the model's package returns for an image (mmpretrain: a dict with ``pred_label``,
-        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; for a hand mesh
-        model a HandSample), or a list in the order of the images.
+        ``pred_score``, ``pred_class``, or with ``embedding``; mmdet: DetDataSample; mmseg:
+        SegDataSample; for a hand mesh model a HandSample), or a list in the order of
+        the images.
 
     Raises:
         FastViTError: an image cannot be read; names the file. A ``batch_size`` below 1.
@@ -206,7 +210,10 @@ class ByInferencer(Predictor):
             inputs=torch.cat([one['inputs'] for one in samples]),
             data_samples=[sample for one in samples for sample in one['data_samples']],
         )
-        return inferencer.postprocess(inferencer.forward(batch), [])
+        found = inferencer.forward(batch)
+        if 'embedding' in found[0]:
+            return [dict(embedding=one.embedding.float().cpu().numpy()) for one in found]
+        return inferencer.postprocess(found, [])
 
 
 class ByPipeline(Predictor):

@@ -139,7 +139,8 @@ class Runner(BaseRunner):
     def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
         model = network(self.model)
         tests_only = self._train_dataloader is None
-        checkpoint = weights.prepare(model, filename, whole=self._resume or tests_only)
+        whole = self._resume or tests_only
+        checkpoint = weights.prepare(model, filename, whole, switch=tests_only)
         if self._resume:
             work_dir.check_resumable(checkpoint, filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)

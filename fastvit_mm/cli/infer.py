@@ -16,6 +16,7 @@ The results of each task:
   detection       image_id, category_id, score, bbox [x, y, width, height], segmentation (RLE)
   segmentation    image_id, category_id, segmentation (RLE): one for each class present
   classification  image_id, category_ids, labels, scores: the five most likely classes
+  embedding       image_id, embedding: a list of numbers (docs/family.md)
   hand mesh       image_id, xyz, verts (metres, relative to the root joint), uv (pixels)
 COCO('D/NAME.images.json').loadRes('D/NAME.predictions.json') reads the first two.
 """

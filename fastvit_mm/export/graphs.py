@@ -107,6 +107,15 @@ class Classifier(Graph):
         return (logits.softmax(1) if self.names == ('probabilities',) else logits,)
 
 
+class Embedder(Graph):
+    """``embeddings``: (B, width), not normalized."""
+
+    choices = ('embeddings',)
+
+    def outputs(self, x):
+        return (self.run(x),)
+
+
 class Segmentor(Graph):
     """``logits`` (B, classes, H, W) at input size, or their best ``labels`` (B, H, W), int64."""
 
@@ -371,6 +380,8 @@ def kind_of(model: nn.Module) -> type[Graph]:
         return Detector
     if hasattr(model, 'decode_head'):
         return Segmentor
+    if getattr(getattr(model, 'head', None), 'class_names', None) == ():
+        return Embedder  # a zero-shot head without texts
     if isinstance(model, BaseModule) and hasattr(model, 'head'):
         return Classifier
     raise FastViTError(

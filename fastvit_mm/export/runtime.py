@@ -180,6 +180,12 @@ def attach_classifier(model, run):
     model.head.forward = logits
 
 
+def attach_embedder(model, run):
+    model.backbone, model.neck = nn.Identity(), None
+    model.extract_feat = lambda images, *args, **kwargs: images
+    model.head.forward = lambda images: run(images)['embeddings']
+
+
 def attach_segmentor(model, run):
     def logits(images, metas):
         out = run(images)
@@ -219,9 +225,15 @@ def attach_detector(model, run):
     model.predict = predict
 
 
-ATTACH = dict(classifier=attach_classifier, segmentor=attach_segmentor, detector=attach_detector)
+ATTACH = dict(
+    classifier=attach_classifier,
+    embedder=attach_embedder,
+    segmentor=attach_segmentor,
+    detector=attach_detector,
+)
 NUM_CLASSES = dict(
     classifier=lambda model: model.head.num_classes,
+    embedder=lambda model: 0,
     segmentor=lambda model: model.num_classes,
     detector=lambda model: model.roi_head.bbox_head.num_classes,
 )
