@@ -23,7 +23,7 @@ def explain(error: BaseException, debug: bool = False) -> tuple[str, int]:
     The traceback of an error that nobody foresaw is written to a file, unless ``debug`` says that
     it has been shown.
     """
-    if text := meant_for_users(error) or blamed(error):
+    if text := meant_for_users(error) or not_deterministic(error) or blamed(error):
         return text, 2
     if debug:
         return described(error), 1
@@ -66,6 +66,16 @@ def without_traceback(error: BaseException) -> str:
         _, *texts = re.split(rf'^(?:\w+\.)*{caught[1]}(?:: |$)', text, flags=re.MULTILINE)
         text = texts[-1] if texts else caught[1]
     return ' '.join(text.split())
+
+
+def not_deterministic(error: BaseException) -> str | None:
+    """What to do if PyTorch refuses an operator because of ``--deterministic``."""
+    if not (found := re.match(r'(\S+) does not have a deterministic implementation', str(error))):
+        return None
+    return (
+        f'{found[1]}, which this model needs, has no deterministic algorithm on this device: leave '
+        'out --deterministic (randomness.deterministic)'
+    )
 
 
 def blamed(error: BaseException) -> str | None:

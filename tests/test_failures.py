@@ -200,3 +200,17 @@ def test_as_a_process(tmp_path):
         assert run.returncode == 2
         assert ('Traceback' in run.stderr) == bool(more)
         assert run.stderr.strip().splitlines()[-1].startswith("error: checkpoint 'no.pth' does not")
+
+
+def test_an_operator_without_a_deterministic_algorithm(outcome):
+    """PyTorch's own refusal, as --deterministic can cause it."""
+
+    def main(argv):
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    code, err = outcome(main)
+    assert code == 2 and err.startswith('error: put_') and 'leave out --deterministic' in err

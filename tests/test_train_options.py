@@ -295,19 +295,6 @@ def test_where_a_run_logs(monkeypatch):
             train_options.check_loggers(options('--log', 'tensorboard', name))
 
 
-class Scores:
-    """In place of an evaluator: one of the given scores after the other."""
-
-    def __init__(self, scores):
-        self.scores = iter(scores)
-
-    def process(self, *args, **kwargs):
-        pass
-
-    def evaluate(self, size):
-        return dict(score=next(self.scores))
-
-
 @pytest.mark.parametrize(
     'rule, scores, validations',
     [
@@ -321,7 +308,8 @@ def test_early_stop(rule, scores, validations, tmp_path):
     cfg = Config(dict(default_hooks=dict(checkpoint=dict(save_best='score', rule=rule))))
     train_options.stop_early(cfg, 2)
     runner = make_run(tmp_path, by_epoch=False, hooks=cfg.custom_hooks)
-    runner.val_loop.evaluator = Scores(scores)
+    left = iter(scores)
+    runner.val_loop.evaluator.evaluate = lambda _: dict(score=next(left))
     runner.train()
     assert runner.iter == 3 * validations
 
