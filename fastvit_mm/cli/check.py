@@ -11,23 +11,11 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import cv2
-from mmengine.config import Config
-from mmengine.registry import DefaultScope
-from mmengine.runner import set_random_seed
-from rich.console import Console
-from rich.progress import Progress
-
-import fastvit_mm
-from fastvit_mm import launch
-from fastvit_mm.data.check import STAGES, check
-from fastvit_mm.errors import FastViTError
-
-SUFFIXES = ('.png', '.jpg', '.jpeg')
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.config_parser('Read every image of a config and list what is wrong.')
+    parser = options.config_parser('Read every image of a config and list what is wrong.')
     parser.add_argument('--json', metavar='FILE', help='write all problems there as well')
     parser.add_argument(
         '--workers', type=int, default=min(8, os.cpu_count() or 1), help='processes that read'
@@ -39,6 +27,14 @@ def main(argv: list[str] | None = None) -> None:
         'train.png in this folder',
     )
     args = parser.parse_args(argv)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastvit_mm import launch
+    from fastvit_mm.data.check import STAGES, check
+    from fastvit_mm.errors import FastViTError
+
     if args.workers < 0:
         raise FastViTError(f'--workers {args.workers} is negative: give 0 or more')
 
@@ -60,28 +56,10 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise FastViTError(f'cannot write {args.json}: {error.strerror}') from error
     if args.show:
-        print(f'augmented training images: {draw_sheet(cfg, Path(args.show))}')
+        from fastvit_mm import init_model
+        from fastvit_mm.data.sheet import write_sheet
+
+        path = write_sheet(cfg, init_model(cfg).data_preprocessor, Path(args.show))
+        print(f'augmented training images: {path}')
     if not report.sound:
         sys.exit(2)
-
-
-def draw_sheet(cfg: Config, path: Path) -> Path:
-    """Write a sheet of augmented training images; gives its path."""
-    from fastvit_mm.data.sheet import augmented, contact_sheet
-
-    path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
-    loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
-    model = fastvit_mm.init_model(cfg)
-    set_random_seed(0)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        loader = launch.Runner.build_dataloader(loader, seed=0)
-        samples = list(augmented(loader.dataset, model.data_preprocessor))
-    if not samples:
-        raise FastViTError('the training set is empty: there is nothing to show')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _, content = cv2.imencode(path.suffix, contact_sheet(samples, loader.dataset.metainfo))
-        path.write_bytes(content)
-    except OSError as error:
-        raise FastViTError(f'cannot write {path}: {error.strerror}') from error
-    return path

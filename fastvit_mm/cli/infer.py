@@ -24,16 +24,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from fastvit_mm import launch
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.prediction import load, look, open_input
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
     description, _, details = __doc__.partition('\n\n')
-    parser = launch.config_parser(description)
+    parser = options.config_parser(description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = details
     parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
@@ -58,6 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
     args = parser.parse_args(argv)
+
+    import torch
+
+    from fastvit_mm import launch
+    from fastvit_mm.errors import FastViTError
+    from fastvit_mm.prediction import load, look, open_input
 
     if not 0 <= args.score_thr <= 1:
         raise FastViTError(f'--score-thr {args.score_thr} is not between 0 and 1')
