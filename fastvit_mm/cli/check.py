@@ -13,8 +13,6 @@ from pathlib import Path
 
 from . import options
 
-SUFFIXES = ('.png', '.jpg', '.jpeg')
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = options.config_parser('Read every image of a config and list what is wrong.')
@@ -58,35 +56,10 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise FastViTError(f'cannot write {args.json}: {error.strerror}') from error
     if args.show:
-        print(f'augmented training images: {draw_sheet(cfg, Path(args.show))}')
+        from fastvit_mm import init_model
+        from fastvit_mm.data.sheet import write_sheet
+
+        path = write_sheet(cfg, init_model(cfg).data_preprocessor, Path(args.show))
+        print(f'augmented training images: {path}')
     if not report.sound:
         sys.exit(2)
-
-
-def draw_sheet(cfg, path: Path) -> Path:
-    """Write a sheet of augmented training images; gives its path."""
-    import cv2
-    from mmengine.registry import DefaultScope
-    from mmengine.runner import set_random_seed
-
-    import fastvit_mm
-    from fastvit_mm import launch
-    from fastvit_mm.data.sheet import augmented, contact_sheet
-    from fastvit_mm.errors import FastViTError
-
-    path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
-    loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
-    model = fastvit_mm.init_model(cfg)
-    set_random_seed(0)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        loader = launch.Runner.build_dataloader(loader, seed=0)
-        samples = list(augmented(loader.dataset, model.data_preprocessor))
-    if not samples:
-        raise FastViTError('the training set is empty: there is nothing to show')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _, content = cv2.imencode(path.suffix, contact_sheet(samples, loader.dataset.metainfo))
-        path.write_bytes(content)
-    except OSError as error:
-        raise FastViTError(f'cannot write {path}: {error.strerror}') from error
-    return path

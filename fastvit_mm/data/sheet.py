@@ -1,21 +1,29 @@
 """What a network is trained on: images after all augmentation with their labels, on one sheet."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.registry import DefaultScope
+from mmengine.runner import set_random_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastvit_mm import pictures
+from fastvit_mm.errors import FastViTError
 from fastvit_mm.truth import truth_of
+
+from .listing import build_checked
 
 NUMBER, COLUMNS = 16, 4  # images of a sheet, and of a row
 SIDE = 400  # pixels: the longer side of an image
 TOGETHER = 4  # images that can be mixed with each other
 DPI = 100
+SUFFIXES = ('.png', '.jpg', '.jpeg')
 SHARE = 0.02  # of a class in a mixed image, to be named
 
 
@@ -124,3 +132,30 @@ def padded(image: np.ndarray | None, height: int, width: int) -> np.ndarray:
     if image is not None:
         cell[: image.shape[0], : image.shape[1]] = image
     return cell
+
+
+def write_sheet(cfg: Config, preprocessor: nn.Module, path: Path) -> Path:
+    """Write a sheet of a config's training images, the same at every call; gives its path.
+
+    Args:
+        preprocessor: of the config's model.
+        path: a picture (.png, .jpg), or a folder, for ``train.png`` there.
+
+    Raises:
+        FastViTError: it cannot be written, or there are no training images.
+    """
+    path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
+    loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
+    set_random_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        dataset = build_checked(loader, seed=0).dataset
+        samples = list(augmented(dataset, preprocessor))
+    if not samples:
+        raise FastViTError('the training set is empty: there is nothing to show')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _, content = cv2.imencode(path.suffix, contact_sheet(samples, dataset.metainfo))
+        path.write_bytes(content)
+    except OSError as error:
+        raise FastViTError(f'cannot write {path}: {error.strerror}') from error
+    return path
