@@ -57,7 +57,8 @@ for extra in ('onnx', 'openvino', 'coreml', 'tensorboard', 'robustness'):
 
 
 class BuildPy(build_py):
-    """Adds configs/ and model-index.yml as `fastvit_mm/.mim`, where `fastvit_mm::` looks."""
+    """Adds configs/, tools/ and model-index.yml as `fastvit_mm/.mim`, where `fastvit_mm::` and
+    OpenMMLab's `mim` look."""
 
     def run(self):
         if self.editable_mode:
@@ -72,7 +73,7 @@ class BuildPy(build_py):
     def put(target, link):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        for name in ('configs', 'model-index.yml'):
+        for name in ('configs', 'tools', 'model-index.yml'):
             source = ROOT / name
             if link:
                 (target / name).symlink_to(Path('..', '..', name))

@@ -2,6 +2,11 @@
 
 from importlib.util import find_spec
 
+from . import cli
+
+if cli.only_explains():  # without the seconds that the rest takes
+    cli.main()
+
 if not (find_spec('mmengine') and find_spec('mmcv')):
     raise ImportError(
         "fastvit_mm needs OpenMMLab's packages: in its checkout, pip install '.[onedl]' "
@@ -15,6 +20,7 @@ if at_import.wanted():
     install()  # before anything imports mmcv.ops
 
 from .apis import inference, init_model
+from .configs import list_models
 from .errors import FastViTError
 from .hooks import ReparameterizeHook
 from .models import ARCHS, FastViT, FastViTNeck
@@ -30,5 +36,6 @@ __all__ = [
     'inference',
     'init_model',
     'install',
+    'list_models',
     'reparameterize',
 ]

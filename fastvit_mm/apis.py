@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 
-from . import noise, settings, weights
+from . import configs, noise, settings, weights
 from .data import explain
 from .errors import FastViTError
 from .export import attach, is_exported
@@ -30,7 +30,7 @@ def init_model(
     """Build the model of an mmpretrain, mmdet or mmseg config, in eval mode.
 
     Args:
-        config: a file or a Config.
+        config: a file, ``fastvit_mm::<task>/<name>`` or a Config.
         checkpoint: file, URL or short name of weights in any layout, loaded strictly; or an
             exported file (.onnx, .pt2, .xml), which then computes the predictions; None keeps
             the initial weights.
@@ -42,9 +42,7 @@ def init_model(
             reparameterize; a setting is wrong.
     """
     if not isinstance(config, Config):
-        if not Path(config).is_file():
-            raise FastViTError(f'config {config} does not exist')
-        config = Config.fromfile(config)
+        config = Config.fromfile(configs.find(str(config)))
     else:
         config = copy.deepcopy(config)
     scope = config.get('default_scope')

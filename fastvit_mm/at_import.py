@@ -6,7 +6,7 @@ To prevent it, set ``FASTVIT_MM_INSTALL=0`` in the environment and call
 
 import os
 
-from . import inheritance, mmcv_ops, noise
+from . import inheritance, mmcv_ops, model_hub, noise
 
 
 def install() -> None:
@@ -18,7 +18,9 @@ def install() -> None:
     noise.install()
     # `_base_ = 'fastvit_mm::...'` in the configs of other projects.
     inheritance.install()
-    # mmengine loads weights unsafely, and its `Pretrained` loads nothing if no name matches.
+    # `mmpretrain.list_models` and `get_model` know its own models only.
+    model_hub.install()
+    # mmengine loads weights unsafely, and loads nothing if no name matches.
     from . import weights
 
     weights.install()

@@ -1,6 +1,9 @@
 """The package's own configs: where they are, and which one a name means."""
 
+from fnmatch import fnmatch
 from pathlib import Path
+
+import yaml
 
 from .errors import FastViTError
 from .settings.names import suggestion
@@ -41,3 +44,15 @@ def find(config: str) -> Path:
     if name not in names():
         raise FastViTError(f'config {config} does not exist: {suggestion(name, names())}')
     return folder() / f'{name}.py'
+
+
+def list_models(pattern: str = '*') -> list[str]:
+    """Names of the models in the package's metafiles that match ``pattern``, as in a shell, sorted.
+
+    A model's config is ``fastvit_mm::<task>/<name>``. mmpretrain's ``list_models`` and
+    ``get_model`` know the classifiers by the same names.
+    """
+    files = folder().glob('*/metafile.yml')
+    known = [yaml.safe_load(file.read_text(encoding='utf-8'))['Models'] for file in files]
+    names = (model['Name'] for models in known for model in models)
+    return sorted(name for name in names if fnmatch(name, pattern))

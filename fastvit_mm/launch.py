@@ -16,46 +16,16 @@ from . import configs, data, failures, noise, settings, weights
 from .data import check_data
 from .demo import apply_demo
 from .errors import FastViTError, one_line
+from .evaluation.mirrored import augment_test
 from .export import attach, is_exported
 from .hooks import AfterFailureHook, ScreenHook, screen
 from .reparameterize import network, unwrap
 from .running import processes, work_dir
 from .running.batches import says_if_worker_dies
+from .running.device import use
 from .running.train_options import compile_network
 from .running.watch import one_fate
 from .settings.widths import type_of
-
-
-def debug_argument(parser: argparse.ArgumentParser) -> None:
-    """The argument that :func:`run` looks for."""
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
-
-
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of every tool that takes a config, for :func:`load_config`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file, or fastvit_mm::<task>/<name>')
-    parser.add_argument('--demo', action='store_true', help='shrink the config to the demo data')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=settings.OptionsAction,
-        help='settings to change: key=value ...',
-    )
-    debug_argument(parser)
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
-    return parser
-
-
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The same plus the arguments of the tools that start a run."""
-    parser = config_parser(description)
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher'
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    return parser
 
 
 def load_config(args: argparse.Namespace, training: bool = False, more: Iterable = ()) -> Config:
@@ -179,12 +149,19 @@ class Runner(BaseRunner):
         return checkpoint
 
 
-def test_runner(cfg: Config, checkpoint: str) -> Runner:
+def test_runner(
+    cfg: Config, checkpoint: str, device: str | None = None, tta: bool = False
+) -> Runner:
     """A runner that can only test: without training set, optimizer, averaging or downloads.
 
     Args:
         checkpoint: weights in any layout, or an exported file, which then replaces the model.
+        device: None: a GPU if there is one.
+        tta: whether to average predictions, see :func:`augment_test`.
     """
+    if device and cfg.get('launcher', 'none') != 'none':
+        raise FastViTError('--device: several processes choose their own, leave it out')
+    place = use(device) if device else None
     settings.check(cfg, reads=settings.TEST)
     check_data(cfg, 'test')
     for key in settings.TRAIN - settings.TEST:
@@ -196,9 +173,14 @@ def test_runner(cfg: Config, checkpoint: str) -> Runner:
     weights.drop_pretrained(cfg.model)
     if 'teacher' in cfg.model:
         cfg.model.teacher = None
+    if tta:
+        augment_test(cfg)
     runner = Runner.from_cfg(cfg)
+    if place:
+        runner.model.to(place)
     if exported:
-        runner.model = attach(unwrap(runner.model), checkpoint)
+        runner.model = unwrap(runner.model)
+        attach(network(runner.model), checkpoint)
     return runner
 
 

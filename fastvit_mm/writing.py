@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
 
+from .errors import FastViTError
+
 PART = '.*.part'  # what a killed process leaves behind
 
 
@@ -30,6 +32,20 @@ def whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def check_target(path: Path) -> None:
+    """Fail before the work, not after it, if a file cannot be written; its folder is created.
+
+    Raises:
+        FastViTError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastViTError(f'{path.parent} cannot be created: {error.strerror}') from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise FastViTError(f'{path} cannot be written')
 
 
 def flush(path: Path) -> None:

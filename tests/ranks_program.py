@@ -30,6 +30,7 @@ from mmengine.registry import METRICS, TRANSFORMS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastvit_mm import launch
+from fastvit_mm.cli.options import argument_parser
 from fastvit_mm.demo.config import dicts
 
 BATCH, STEPS, TESTED = 4, 20, 7
@@ -102,7 +103,7 @@ class Record(Hook):
 
 def load(path, launcher, folder):
     given = [str(path), '--demo', '--launcher', launcher, '--work-dir', str(folder)]
-    return launch.load_config(launch.argument_parser('').parse_args(given))
+    return launch.load_config(argument_parser('').parse_args(given))
 
 
 def prepare(cfg, batch, steps=STEPS):

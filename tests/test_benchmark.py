@@ -19,6 +19,7 @@ import yaml
 
 from fastvit_mm import launch
 from fastvit_mm.cli import benchmark
+from fastvit_mm.complexity import saved_memory
 
 ROOT = Path(__file__).parent.parent
 SEGMENTER = f"""
@@ -224,7 +225,7 @@ def test_memory(tool):
     layer = nn.Linear(64, 32, bias=False)
     x = torch.randn(8, 64)
     # The layer keeps its input for the weight, sigmoid and square keep the sigmoid's output.
-    saved = measure.saved_memory(lambda: layer(x).sigmoid().square(), layer.parameters())
+    saved = saved_memory(lambda: layer(x).sigmoid().square(), layer.parameters())
     assert saved == 4 * 8 * (64 + 32)
 
     size = 2**26

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 from collections import Counter
 
@@ -437,6 +438,23 @@ def test_a_file_that_differs_is_moved_aside(models, tool, tmp_path, monkeypatch)
     assert code == 1
     assert not out.exists() and not out.with_suffix('.bin').exists()
     assert (tmp_path / 'model.failed.xml').exists() and (tmp_path / 'model.failed.bin').exists()
+
+
+def test_signals_after_openvino(models, tmp_path):
+    """Ctrl-C, or the end of a child process, once several files have been run."""
+    export(models[CLASSIFICATION][0], tmp_path / 'model.xml', 'openvino', size=SIZE)
+    program = """
+import os, signal, sys
+from fastvit_mm.export import Session
+signal.signal(signal.SIGUSR1, lambda *_: print('survived'))
+first, second = Session(sys.argv[1]), Session(sys.argv[1])
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    call = [sys.executable, '-c', program, tmp_path / 'model.xml']
+    run = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, 'survived\n'), run.stderr
 
 
 def test_what_cannot_be_exported(models, tool, tmp_path, monkeypatch):  # noqa: F811

@@ -303,7 +303,9 @@ def test_help(capsys, monkeypatch):
     options = re.findall(r'--[\w-]+', usage)
     assert {'--out', '--json', '--score-thr', '--device', '--reparam', '--demo'} <= set(options)
     for name in ('config', 'checkpoint', 'input', *options):
-        assert re.search(rf'^  {name}( [A-Z_]+)*( \[.*\])? *(\n +|  )\w', about, re.MULTILINE), name
+        assert re.search(rf'^  {name}( [A-Z_=]+)*( \[.*\])? *(\n +|  )\w', about, re.MULTILINE), (
+            name
+        )
 
 
 META = dict(classes=('sky', 'tree', 'car'), palette=[[0, 0, 255], [0, 255, 0], [255, 0, 0]])

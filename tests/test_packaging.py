@@ -45,7 +45,7 @@ def python(code, **kwargs):
 def tree(tmp_path_factory):
     """A copy of the sources: builds leave files behind and other tests may run meanwhile."""
     tree = tmp_path_factory.mktemp('tree')
-    for name in ('fastvit_mm', 'configs'):
+    for name in ('fastvit_mm', 'configs', 'tools'):
         ignore = shutil.ignore_patterns('__pycache__', '.mim')
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md'):
@@ -111,10 +111,11 @@ def test_every_package_of_the_families_is_pinned(requirements):
 
 
 def shipped():
-    """The files of configs/, as the wheel is to name them."""
+    """The files of configs/ and tools/, as the wheel is to name them."""
     return {
         'fastvit_mm/.mim/' + path.relative_to(ROOT).as_posix()
-        for path in (ROOT / 'configs').rglob('*')
+        for folder in ('configs', 'tools')
+        for path in (ROOT / folder).rglob('*')
         if path.is_file() and '__pycache__' not in path.parts
     }
 
@@ -192,7 +193,7 @@ def load_configs(target, expected, cwd):
     names = sorted(
         name.removeprefix('fastvit_mm/.mim/configs/')
         for name in shipped()
-        if name.endswith('.py') and '_base_' not in name.split('/')
+        if name.endswith('.py') and '/configs/' in name and '_base_' not in name.split('/')
     )
     # -S keeps an editable install of the environment from being found first, -E a PYTHONPATH
     packages = sysconfig.get_paths()['purelib']

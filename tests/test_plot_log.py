@@ -188,10 +188,9 @@ def test_tensorboard_is_not_there(tool, home, monkeypatch):
 
 
 def test_tensorboard_once_and_in_any_config():
-    log_to_tensorboard = train_options.log_to_tensorboard
     for visualizer in (None, dict(type='V'), dict(type='V', vis_backends=None)):
         cfg = Config(dict(visualizer=visualizer) if visualizer else {})
         for _ in range(2):
-            log_to_tensorboard(cfg)
+            train_options.log_to(cfg, 'TensorboardVisBackend')
         kinds = [one['type'] for one in cfg.visualizer.vis_backends]
         assert kinds == ['LocalVisBackend', 'TensorboardVisBackend']

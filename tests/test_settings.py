@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, settings
+from fastvit_mm.cli.options import config_parser
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.settings.names import Registered
 from fastvit_mm.settings.signatures import accepted, definer
@@ -221,7 +222,7 @@ def test_what_is_right(loaded, task):
             pairs = [f'{place}.{pair}'.strip('.') for pair in option.split()]
             if 'custom_hooks' in place and task in (D, S):
                 continue
-            args = launch.config_parser('').parse_args([task, '--cfg-options', *pairs])
+            args = config_parser('').parse_args([task, '--cfg-options', *pairs])
             cfg = Config(loaded[task].to_dict())
             settings.check(cfg, settings.merge(cfg, args.cfg_options))
 
@@ -577,7 +578,7 @@ def test_options_may_mend_a_file(project, tmp_path):
     project('parts', NETWORK.format('registry.MODELS'))
     (file := tmp_path / 'config.py').write_text("model = dict(type='ShapeNet', widht=4)\n")
     options = ['custom_imports.imports=[shapes_project.parts]', 'model._delete_=True']
-    parse = launch.config_parser('').parse_args
+    parse = config_parser('').parse_args
     args = parse([str(file), '--cfg-options', *options, 'model.type=ShapeNet', 'model.width=3'])
     assert launch.load_config(args).model == dict(type='ShapeNet', width=3)
     with pytest.raises(FastViTError, match='ShapeNet takes no widht; did you mean width'):

@@ -1,7 +1,10 @@
-"""--accumulate, --amp, --auto-scale-lr and --compile, with every task."""
+"""The options of training alone: --accumulate, --amp, --auto-scale-lr and --compile with every
+task, --seed, --log, --early-stop ..."""
 
 import argparse
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import ranks_program
@@ -9,6 +12,7 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner as BaseRunner
 from small_runs import At, Drawn, Net, make_run
 from test_processes import CONFIGS, shallow
@@ -16,9 +20,12 @@ from torch._dynamo import register_backend
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastvit_mm import FastViTError, FastViTNeck, launch
+from fastvit_mm.cli import train
 from fastvit_mm.hooks.accumulate import split
 from fastvit_mm.running import train_options
 
+ROOT = Path(__file__).parent.parent
+SEGMENTATION = CONFIGS['segmentation']
 STEPS = 5
 graphs = []  # that the compiler below was given
 
@@ -51,7 +58,7 @@ def home(tmp_path_factory):
 
 def options(*given):
     parser = argparse.ArgumentParser()
-    train_options.add_arguments(parser)
+    train.add_arguments(parser)
     return parser.parse_args(given)
 
 
@@ -248,3 +255,85 @@ def test_half_precision_on_a_gpu(kind, wrapper, monkeypatch):
     train_options.apply(cfg, options('--amp', kind))
     assert cfg.optim_wrapper.type == wrapper
     assert ('loss_scale' in cfg.optim_wrapper) == (kind != 'bf16')
+
+
+# --------------------------------------------------------------- validations, seeds, loggers
+
+
+def settings_of(*given, **changes):
+    cfg = Config.fromfile(ROOT / SEGMENTATION)
+    cfg.merge_from_dict(changes)
+    train_options.apply(cfg, options(*given))
+    return cfg
+
+
+def test_options_that_set_a_setting(monkeypatch):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    cfg = settings_of()
+    assert cfg.randomness == dict(seed=42) and cfg.val_cfg is not None
+    cfg = settings_of('--seed', '0', '--deterministic', '--no-validate')
+    assert cfg.randomness == dict(seed=0, deterministic=True)
+    assert not cfg.env_cfg.cudnn_benchmark
+    assert cfg.val_cfg is cfg.val_dataloader is cfg.val_evaluator is None
+    assert 'save_best' not in cfg.default_hooks.checkpoint
+    with pytest.raises(FastViTError, match='leave out --no-validate'):
+        settings_of('--no-validate', '--early-stop', '2')
+    auto = {'default_hooks.checkpoint.save_best': 'auto'}
+    with pytest.raises(FastViTError, match='save_best=METRIC'):
+        settings_of('--early-stop', '2', **auto)
+
+
+def test_where_a_run_logs(monkeypatch):
+    cfg = settings_of('--log', 'wandb', 'mlflow', 'tensorboard')
+    kinds = [one['type'] for one in cfg.visualizer.vis_backends]
+    known = ['WandbVisBackend', 'MLflowVisBackend', 'TensorboardVisBackend']
+    assert kinds == ['LocalVisBackend', *known]
+    assert all(kind in VISBACKENDS for kind in known)
+    for name in ('wandb', 'mlflow'):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(FastViTError, match=f'--log {name} needs {name}: pip install {name}'):
+            train_options.check_loggers(options('--log', 'tensorboard', name))
+
+
+class Scores:
+    """In place of an evaluator: one of the given scores after the other."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores)
+
+    def process(self, *args, **kwargs):
+        pass
+
+    def evaluate(self, size):
+        return dict(score=next(self.scores))
+
+
+@pytest.mark.parametrize(
+    'rule, scores, validations',
+    [
+        ('greater', (40.0, 50.0, 50.0, 50.0, 60.0, 70.0), 4),  # equal is not better
+        ('greater', (40.0, 30.0, 50.0, 45.0, 60.0, 70.0), 6),  # never two in a row
+        ('less', (9.0, 8.0, 9.0, 9.0, 1.0, 1.0), 4),
+    ],
+)
+def test_early_stop(rule, scores, validations, tmp_path):
+    """Two validations in a row that are not better end the run."""
+    cfg = Config(dict(default_hooks=dict(checkpoint=dict(save_best='score', rule=rule))))
+    train_options.stop_early(cfg, 2)
+    runner = make_run(tmp_path, by_epoch=False, hooks=cfg.custom_hooks)
+    runner.val_loop.evaluator = Scores(scores)
+    runner.train()
+    assert runner.iter == 3 * validations
+
+
+def test_what_early_stop_watches():
+    """What chooses the best checkpoint, in all tasks; a config whose metric has another name fails
+    instead of going on for ever."""
+    for task, name in dict(
+        classification='accuracy/top1', detection='coco/bbox_mAP', hand_mesh='PA-MPVPE'
+    ).items():
+        cfg = Config.fromfile(ROOT / CONFIGS[task])
+        train_options.stop_early(cfg, 3)
+        hook = HOOKS.build(cfg.custom_hooks[-1])
+        assert (hook.monitor, hook.patience, hook.strict) == (name, 3, True)
+        assert hook.rule == ('less' if task == 'hand_mesh' else 'greater')

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_mm.errors import require
@@ -173,24 +172,6 @@ def page_faults(call: Callable) -> int | None:
         call()
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return min(faults[1:])
-
-
-def saved_memory(forward: Callable, parameters) -> int:
-    """Bytes of the activations that ``forward`` keeps for its backward pass, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage  # kept alive, so that no address is reused
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    size = sum(s.nbytes() for s in storages.values())
-    del output
-    return size
 
 
 def flops(call: Callable) -> int:

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastvit_mm import ARCHS
+from fastvit_mm.complexity import saved_memory
 from fastvit_mm.reparameterize import tensors
 
 from . import measure, sides
@@ -75,7 +76,7 @@ def run(args, report: Report) -> None:
             outcome = sides.contest(calls, args.seconds, args.device)
             saved = {
                 f'{name}, activations MB': measure.megabytes(
-                    measure.saved_memory(lambda m=model: loss(m(inputs)), model.parameters())  # noqa: B023
+                    saved_memory(lambda m=model: loss(m(inputs)), model.parameters())  # noqa: B023
                 )
                 for name, model in models.items()
             }

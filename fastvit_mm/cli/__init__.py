@@ -1,44 +1,67 @@
 """The command `fastvit`: a module for each of its commands, with nothing but their options.
 
-A module has ``main(argv)``; its command is a row of :data:`COMMANDS`.
+A module has ``main(argv)`` and, so that help is quick, imports what it needs after it has parsed
+them. A command is a row of :data:`COMMANDS`.
 """
 
-import argparse
+import difflib
 import sys
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {
+    'init': 'write a config for images of your own',
     'train': 'train a config',
     'test': 'measure the accuracy of a checkpoint or an exported file',
-    'infer': 'draw predictions on images, folders, videos',
+    'infer': 'draw predictions on images, folders and videos',
     'export': 'write ONNX, PyTorch, OpenVINO or Core ML, and verify the file',
+    'info': 'layers, parameters, multiply-adds and memory of a config',
     'check': "list what is wrong with a config's data",
-    'plot': "draw a run's losses and metrics",
+    'plot': 'draw the losses and metrics of runs',
     'convert': 'convert weights between timm, the authors and OpenMMLab',
     'robustness': 'measure accuracy on corrupted and other images',
     'benchmark': 'measure speed against timm and other networks',
     'demo': 'train, test and compare on generated data',
 }
+SLOW = {'benchmark'}  # its options are those of the modules that measure
+HELP = {'-h', '--help'}
+
+
+def overview() -> str:
+    rows = (f'  {name:<12}{says}' for name, says in COMMANDS.items())
+    return '\n'.join(
+        [
+            'usage: fastvit COMMAND ...\n',
+            'FastViT for classification, detection, segmentation and hand meshes.\n',
+            *rows,
+            '\nA config is a file, or one of the package: fastvit_mm::<task>/<name>.',
+            '`fastvit COMMAND --help` lists the options of a command.',
+        ]
+    )
+
+
+def only_explains() -> bool:
+    """Whether this process is the command `fastvit` and is only to print help, or to say that there
+    is no such command."""
+    program, *words = getattr(sys, 'argv', None) or ['']
+    name = words[0] if words else ''
+    asked = name not in COMMANDS or (name not in SLOW and not HELP.isdisjoint(words))
+    return Path(program).name == 'fastvit' and asked
 
 
 def main() -> None:
     """Run the command that the command line names, as its tool would run."""
-    parser = argparse.ArgumentParser(
-        prog='fastvit',
-        usage='fastvit COMMAND ...',
-        description='FastViT for classification, detection, segmentation and hand meshes.',
-        epilog='fastvit COMMAND --help lists the options of a command.',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.suggest_on_error = True
-    commands = parser.add_subparsers(title='commands', metavar='', required=True, dest='COMMAND')
-    for name, says in COMMANDS.items():
-        commands.add_parser(name, help=says, add_help=False)
-    command = parser.parse_known_args(sys.argv[1:2])[0].COMMAND
-    module = import_module(f'{__name__}.{command}')
+    name, *rest = sys.argv[1:] or ['--help']
+    if name in HELP:
+        sys.exit(print(overview()))
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(COMMANDS)}'
+        sys.exit(print(f'error: there is no command {name}: {hint}', file=sys.stderr) or 2)
+    command = import_module(f'{__name__}.{name}').main
+    if not HELP.isdisjoint(rest):
+        command(rest)
 
     from fastvit_mm import launch
 
-    # what argparse calls the program in its help and its errors
-    sys.argv[:2] = [f'fastvit {command}']
-    launch.run(module.main)
+    launch.run(command, rest)

@@ -10,11 +10,12 @@ from importlib import import_module
 
 import torch
 
-from fastvit_mm import launch
 from fastvit_mm.benchmarks import measure
 from fastvit_mm.benchmarks.apart import settle
 from fastvit_mm.benchmarks.report import Report, check_targets, find_section
 from fastvit_mm.errors import FastViTError
+
+from . import options
 
 COMMANDS = (
     *('deploy', 'whole', 'hand', 'train', 'export'),
@@ -23,7 +24,7 @@ COMMANDS = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True)
     for name in COMMANDS:
         module = import_module(f'fastvit_mm.benchmarks.{name}')
@@ -41,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             '--doc', metavar='FILE#SECTION', help='insert the tables into this document'
         )
         module.add_arguments(own)
-        launch.debug_argument(own)
+        options.debug_argument(own)
         own.set_defaults(run=module.run)
     return parser.parse_args(argv)
 

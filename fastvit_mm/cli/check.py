@@ -11,22 +11,24 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
-import fastvit_mm  # noqa: F401
-from fastvit_mm import launch
-from fastvit_mm.data.check import STAGES, check
-from fastvit_mm.errors import FastViTError
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.config_parser('Read every image of a config and list what is wrong.')
+    parser = options.config_parser('Read every image of a config and list what is wrong.')
     parser.add_argument('--json', metavar='FILE', help='write all problems there as well')
     parser.add_argument(
         '--workers', type=int, default=min(8, os.cpu_count() or 1), help='processes that read'
     )
     args = parser.parse_args(argv)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastvit_mm import launch
+    from fastvit_mm.data.check import STAGES, check
+    from fastvit_mm.errors import FastViTError
+
     if args.workers < 0:
         raise FastViTError(f'--workers {args.workers} is negative: give 0 or more')
 

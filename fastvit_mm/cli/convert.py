@@ -2,14 +2,12 @@
 python tools/convert_weights.py SRC DST [--to timm|apple|mm] [--deploy] [--prefix PART] [--force]
 """
 
-import argparse
-
-from fastvit_mm import launch, weights
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description='Convert weights between the layouts of timm, the authors and OpenMMLab.'
+    parser = options.parser(
+        'Convert weights between the layouts of timm, the authors and OpenMMLab.'
     )
     parser.add_argument('src', help='file, URL or short name of the weights, in any layout')
     parser.add_argument('dst', help='file to write: .pth, .pth.tar or .safetensors')
@@ -25,8 +23,10 @@ def main(argv: list[str] | None = None) -> None:
         '--prefix', help='convert only weights that start with PREFIX, if SRC has several models'
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
-    launch.debug_argument(parser)
+    options.debug_argument(parser)
     args = parser.parse_args(argv)
+
+    from fastvit_mm import weights
 
     converted = weights.convert_file(
         args.src, args.dst, args.to, args.deploy, args.prefix, args.force

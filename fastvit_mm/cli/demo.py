@@ -1,13 +1,13 @@
 """Train SA36 for segmentation on generated data, test it in both forms, compare them."""
 
-import argparse
-
-from fastvit_mm import launch
-from fastvit_mm.demo.whole_run import whole_run
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    launch.debug_argument(parser)
+    parser = options.parser(__doc__)
+    options.debug_argument(parser)
     parser.parse_args(argv)
+
+    from fastvit_mm.demo.whole_run import whole_run
+
     whole_run()

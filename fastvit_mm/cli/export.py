@@ -5,20 +5,16 @@ python tools/export.py CONFIG CHECKPOINT --format onnx|torch|openvino|coreml --o
 import sys
 from pathlib import Path
 
-import fastvit_mm
-from fastvit_mm import launch
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.export import FORMATS, export, verify
-from fastvit_mm.export.inputs import description, images, size_of
-from fastvit_mm.export.verify import move_aside
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.config_parser('Export a model with merged branches, and verify the file.')
+    parser = options.config_parser('Export a model with merged branches, and verify the file.')
     parser.add_argument('checkpoint', help='file, URL or short name of the weights')
-    parser.add_argument('--format', choices=FORMATS, default='onnx', help='format of FILE (onnx)')
-    suffixes = ', '.join(f.suffix for f in FORMATS.values())
-    parser.add_argument('--out', required=True, help=f'file to write: {suffixes}')
+    parser.add_argument('--format', default='onnx', help='onnx, torch, openvino or coreml (onnx)')
+    parser.add_argument(
+        '--out', required=True, help='file to write: .onnx, .pt2, .xml or .mlpackage'
+    )
     parser.add_argument(
         '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (the config's test size)"
     )
@@ -46,6 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
+    import fastvit_mm
+    from fastvit_mm import launch
+    from fastvit_mm.errors import FastViTError
+    from fastvit_mm.export import FORMATS, export, verify
+    from fastvit_mm.export.inputs import description, images, size_of
+    from fastvit_mm.export.verify import move_aside
+
+    if args.format not in FORMATS:
+        raise FastViTError(f'--format {args.format}: give one of {", ".join(FORMATS)}')
     chosen, path = FORMATS[args.format], Path(args.out)
     if path.suffix != chosen.suffix:
         raise FastViTError(

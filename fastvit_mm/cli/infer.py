@@ -24,16 +24,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from fastvit_mm import launch
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.prediction import load, look, open_input
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
     description, _, details = __doc__.partition('\n\n')
-    parser = launch.config_parser(description)
+    parser = options.config_parser(description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = details
     parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
@@ -48,7 +44,20 @@ def main(argv: list[str] | None = None) -> None:
         '--turntable', action='store_true', help='of a hand mesh, a GIF that turns, beside each'
     )
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
+    parser.add_argument(
+        '--batch-size',
+        type=options.positive,
+        default=1,
+        metavar='N',
+        help='images that are computed together, if they have the same size (1)',
+    )
     args = parser.parse_args(argv)
+
+    import torch
+
+    from fastvit_mm import launch
+    from fastvit_mm.errors import FastViTError
+    from fastvit_mm.prediction import load, look, open_input
 
     if not 0 <= args.score_thr <= 1:
         raise FastViTError(f'--score-thr {args.score_thr} is not between 0 and 1')
@@ -61,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load(cfg, args.checkpoint, device, args.reparam)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        skipped = look(model, source, out, args.score_thr, args.json, args.turntable)
+        how = args.score_thr, args.json, args.turntable, args.batch_size
+        skipped = look(model, source, out, *how)
     except OSError as error:
         raise FastViTError(f'cannot write to {out}: {error}') from error
     if skipped:

@@ -9,22 +9,23 @@ points are smoothed; the logged values are shown pale behind them.
 import argparse
 from pathlib import Path
 
-from fastvit_mm import launch
-from fastvit_mm.curves import curves, panels, plot, run_names
-from fastvit_mm.errors import FastViTError
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
     description, _, details = __doc__.partition('\n\n')
-    parser = argparse.ArgumentParser(
-        description=description,
+    parser = options.parser(
+        description,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('work_dirs', metavar='WORK_DIR', nargs='+', type=Path)
     parser.add_argument('--out', type=Path, help='FILE.png for one picture of all runs')
-    launch.debug_argument(parser)
+    options.debug_argument(parser)
     args = parser.parse_args(argv)
+
+    from fastvit_mm.curves import curves, panels, plot, run_names
+    from fastvit_mm.errors import FastViTError
 
     if args.out and args.out.suffix != '.png':
         raise FastViTError(f'--out {args.out}: give FILE.png')

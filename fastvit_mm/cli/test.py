@@ -5,10 +5,7 @@ python tools/test.py CONFIG CHECKPOINT|FILE.onnx|FILE.pt2|FILE.xml [--reparam] [
 import json
 from pathlib import Path
 
-import fastvit_mm  # noqa: F401
-from fastvit_mm import launch
-from fastvit_mm.errors import FastViTError
-from fastvit_mm.export import is_exported
+from . import options
 
 # Settings of each package's visualization hook, to draw predictions.
 DRAW = {
@@ -22,12 +19,26 @@ DRAW = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = launch.argument_parser('Test a checkpoint or an exported file.')
+    parser = options.argument_parser('Test a checkpoint or an exported file.')
     parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
     parser.add_argument('--reparam', action='store_true', help='test in the deploy form')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
+    parser.add_argument(
+        '--batch-size', type=options.positive, metavar='N', help="images at a time (the config's)"
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help="average over what the config's tta_pipeline makes of an image, or over the image and "
+        'its mirror image (classification, segmentation)',
+    )
     args = parser.parse_args(argv)
+
+    from fastvit_mm import launch
+    from fastvit_mm.errors import FastViTError
+    from fastvit_mm.export import is_exported
 
     cfg = launch.load_config(args)
     if args.reparam and is_exported(args.checkpoint):
@@ -43,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     if out and out.suffix not in ('.pkl', '.json'):
         raise FastViTError(f'--out {out}: give FILE.pkl for predictions or FILE.json for metrics')
 
-    runner = launch.test_runner(cfg, args.checkpoint)
+    if args.batch_size:
+        cfg.test_dataloader.batch_size = args.batch_size
+    runner = launch.test_runner(cfg, args.checkpoint, args.device, args.tta)
     if out and out.suffix == '.pkl':
         from mmengine.evaluator import DumpResults
 

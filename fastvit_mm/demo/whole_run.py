@@ -11,9 +11,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from mmengine.config import Config
 
 import fastvit_mm
-from fastvit_mm import launch
+from fastvit_mm import configs, launch
+from fastvit_mm.demo import apply_demo
 from fastvit_mm.reparameterize import distance
 
 matplotlib.use('Agg')
@@ -83,9 +85,8 @@ def whole_run() -> None:
         command('test', str(checkpoint), *option, '--out', str(out), '--work-dir', str(work_dir))
         metrics[form] = json.loads(out.read_text())['mIoU']
 
-    args = launch.argument_parser('').parse_args([CONFIG, '--demo', '--work-dir', str(work_dir)])
-    cfg = launch.load_config(args)
-    cfg.log_level = 'WARNING'
+    cfg = apply_demo(Config.fromfile(configs.find(CONFIG)))
+    cfg.work_dir, cfg.log_level = str(work_dir), 'WARNING'
     runner = launch.test_runner(cfg, str(checkpoint))
     runner.load_or_resume()
     model = runner.model.eval()

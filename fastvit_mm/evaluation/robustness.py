@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,14 @@ class Result:
         first, *others = self.metrics.values()
         return max((abs(one[k] - first[k]) for one in others for k in first), default=0.0)
 
+    def __str__(self) -> str:
+        figures = (
+            ', '.join(f'{name} {value:.2f}' for name, value in self.headline(form).items())
+            + f' ({form})'
+            for form in self.metrics
+        )
+        return f'{self.name}: {"; ".join(figures)}'
+
 
 def task_of(cfg: Config) -> str:
     """classification, detection or segmentation.
@@ -84,6 +92,13 @@ def task_of(cfg: Config) -> str:
 
 def usual_sets(cfg: Config) -> list[str]:
     return list(TITLES) if task_of(cfg) == 'classification' else ['c']
+
+
+def check_known(what: str, names: Collection, known: Collection) -> None:
+    """Raise a FastViTError for the first of ``names`` that is not among ``known``."""
+    for name in names:
+        if name not in known:
+            raise FastViTError(f'there is no {what} {name}: known are {", ".join(map(str, known))}')
 
 
 def check_sets(cfg: Config, names: Sequence[str]) -> None:
@@ -107,6 +122,8 @@ def check_roots(cfg: Config, names: Sequence[str], roots: dict[str, str]) -> Non
     Raises:
         FastViTError: one is not.
     """
+    if wrong := [name for name, path in roots.items() if name not in TITLES or not path]:
+        raise FastViTError(f'--data-root {wrong[0]}: give SET=PATH, SET one of {", ".join(TITLES)}')
     task = task_of(cfg)
     if roots and task != 'classification':
         raise FastViTError(
@@ -169,7 +186,7 @@ def plan(
     cfg: Config,
     names: Sequence[str] | None = None,
     roots: dict[str, str] | None = None,
-    corruptions: Sequence[str] = CORRUPTIONS,
+    corruptions: Sequence[str] | None = None,
     severities: Sequence[int] | None = None,
     demo: bool = False,
 ) -> Plan:
@@ -179,16 +196,21 @@ def plan(
         names: of the sets, see ``TITLES``; None: all that fit the task.
         roots: places of sets other than those in ``ROOTS``. If there is none for ``c`` and its
             usual place does not exist, corrupted images are made from the test set.
-        severities: None: all; for detection and segmentation in their demo form ``FEW``.
+        corruptions: some of ``CORRUPTIONS``; None: all.
+        severities: some of ``SEVERITIES``; None: all; for detection and segmentation in their demo
+            form ``FEW``.
         demo: generated sets; the config is in its demo form.
 
     Raises:
         FastViTError: a set is missing, incomplete, or not for this model.
     """
     names, roots = names or usual_sets(cfg), roots or {}
+    check_known('set', names, TITLES)
+    check_known('corruption', corruptions or (), CORRUPTIONS)
+    check_known('severity', severities or (), SEVERITIES)
     check_sets(cfg, names)
     check_roots(cfg, names, roots)
-    corruptions = [name for name in CORRUPTIONS if name in corruptions]
+    corruptions = [name for name in CORRUPTIONS if name in (corruptions or CORRUPTIONS)]
     classifies = task_of(cfg) == 'classification'
     notes = []
     if severities is None and demo and not classifies:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastvit_mm
 from fastvit_mm import pictures
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.running.device import use
 
 from .beside import Beside, ahead, number_of_processes
 from .results import results, write_json
@@ -27,11 +28,7 @@ from .sources import Stills, Video
 
 def load(cfg: Config, checkpoint: str, device: str, reparam: bool) -> torch.nn.Module:
     """The model of a checkpoint or of an exported file."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FastViTError(f'--device {device} cannot be used: {reason}') from error
+    use(device)
     if cfg.default_scope == 'mmpretrain':  # it shows a bar for every image
         from mmpretrain.utils import progress
 

@@ -1,6 +1,7 @@
 """Options of training that change how a config is computed, not what it computes."""
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -12,7 +13,12 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 
-from fastvit_mm.errors import FastViTError
+from fastvit_mm.errors import FastViTError, require
+
+#: What ``--log`` names.
+BACKENDS = dict(
+    tensorboard='TensorboardVisBackend', wandb='WandbVisBackend', mlflow='MLflowVisBackend'
+)
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -24,44 +30,6 @@ class BFloat16OptimWrapper(OptimWrapper):
     def optim_context(self, model: nn.Module):
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
-    return int(text)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--amp',
-        nargs='?',
-        const='auto',
-        choices=['auto', 'fp16', 'bf16'],
-        help='train in mixed precision: fp16 (the default on a GPU) or bf16 (on a CPU)',
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help="scale the learning rate by the batch size of all processes over the recipe's",
-    )
-    parser.add_argument(
-        '--accumulate',
-        type=positive,
-        default=1,
-        metavar='N',
-        help="batches of N times the config's size, computed in N parts with the memory of one; "
-        'an iteration (max_iters, schedules) is one such batch. Equals the large batch up to '
-        'rounding, except that BatchNorm normalizes each part by itself and that Mixup and CutMix '
-        'are drawn for each part',
-    )
-    parser.add_argument(
-        '--compile',
-        nargs='?',
-        const='inductor',
-        metavar='BACKEND',
-        help='train with backbone and neck compiled by torch.compile (inductor)',
-    )
 
 
 def apply(cfg: Config, args: argparse.Namespace) -> None:
@@ -85,14 +53,63 @@ def apply(cfg: Config, args: argparse.Namespace) -> None:
         if args.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise FastViTError(f'--compile {args.compile}: one of {", ".join(known)}')
         cfg.compile = dict(backend=args.compile)
+    if args.seed is not None:
+        cfg.merge_from_dict({'randomness.seed': args.seed})
+    if args.deterministic:
+        cfg.merge_from_dict({'randomness.deterministic': True, 'env_cfg.cudnn_benchmark': False})
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS refuses without it
+    if args.no_validate and args.early_stop:
+        raise FastViTError('--early-stop needs validations: leave out --no-validate')
+    if args.no_validate:
+        skip_validation(cfg)
+    if args.early_stop:
+        stop_early(cfg, args.early_stop)
+    if wanted := [*args.log, *['tensorboard'] * args.tensorboard]:
+        log_to(cfg, *(BACKENDS[name] for name in wanted))
 
 
-def log_to_tensorboard(cfg: Config) -> None:
-    """Make the visualizer also write TensorBoard's event files."""
+def check_loggers(args: argparse.Namespace) -> None:
+    """Raise a FastViTError if a package is not installed to which ``args`` let a run log."""
+    for name in args.log:
+        require(f'--log {name}', name)
+    if args.tensorboard:
+        require('--tensorboard', 'tensorboard')
+
+
+def log_to(cfg: Config, *kinds: str) -> None:
+    """Make the visualizer also write to mmengine's backends ``kinds``."""
     cfg.setdefault('visualizer', dict(type='Visualizer'))
-    backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
-    if all(one['type'] != 'TensorboardVisBackend' for one in backends):
-        cfg.visualizer.vis_backends = [*backends, dict(type='TensorboardVisBackend')]
+    backends = list(cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
+    have = [one['type'] for one in backends]
+    cfg.visualizer.vis_backends = backends + [dict(type=k) for k in kinds if k not in have]
+
+
+def skip_validation(cfg: Config) -> None:
+    """Only train: without validations no checkpoint is the best one."""
+    for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
+        cfg[key] = None
+    if 'checkpoint' in cfg.get('default_hooks', {}):
+        cfg.default_hooks.checkpoint.pop('save_best', None)
+
+
+def stop_early(cfg: Config, patience: int) -> None:
+    """End when ``patience`` validations have not improved what chooses the best checkpoint.
+
+    Raises:
+        FastViTError: the config does not say what that is.
+    """
+    hook = cfg.get('default_hooks', {}).get('checkpoint', {})
+    monitor = hook.get('save_best')
+    if not isinstance(monitor, str) or monitor == 'auto':
+        raise FastViTError(
+            '--early-stop: the config does not say which metric counts: set '
+            'default_hooks.checkpoint.save_best=METRIC'
+        )
+    stop = dict(type='EarlyStoppingHook', monitor=monitor, patience=patience, strict=True)
+    stop['min_delta'] = 1e-6  # with 0, an equal value counts as an improvement
+    if 'rule' in hook:
+        stop['rule'] = hook.rule
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), stop]
 
 
 def accumulate(cfg: Config, parts: int) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mmengine.runner
 import torch.nn as nn
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.runner import checkpoint as mmengine_checkpoint
@@ -13,6 +14,7 @@ from .loading import has_fastvit, load
 
 #: mmengine's own: with strict=False, a file whose names do not match silently loads nothing.
 lenient = PretrainedInit.__call__
+lenient_load = mmengine_checkpoint.load_checkpoint
 
 
 def initialize(self: PretrainedInit, module: nn.Module) -> None:
@@ -40,6 +42,15 @@ def load_from_openmmlab(filename: str, map_location=None) -> dict:
     return read(place, map_location)
 
 
+def load_checkpoint(
+    model: nn.Module, filename: str, map_location=None, strict: bool = False, *args, **kwargs
+) -> dict:
+    """mmengine's function, as mmpretrain's ``get_model(name, pretrained=True)`` calls it."""
+    if has_fastvit(model):
+        return load(model, filename, whole=strict)
+    return lenient_load(model, filename, map_location, strict, *args, **kwargs)
+
+
 # mmengine's loaders that read files; the others (torchvision://, mmcls://) call load_from_http.
 LOADERS = {
     'load_from_local': load_from_fastvit_mm,
@@ -55,9 +66,10 @@ def install() -> None:
 
     - Its loaders fall back to an unsafe load, or leave safety to torch's defaults, so that a file
       can run code. :func:`read` replaces them, for every model; third-party loaders stay.
-    - Its ``Pretrained`` becomes strict for modules that contain a FastViT.
+    - Its ``Pretrained`` and ``load_checkpoint`` become strict for modules that contain a FastViT.
     """
     PretrainedInit.__call__ = initialize
+    mmengine.runner.load_checkpoint = mmengine_checkpoint.load_checkpoint = load_checkpoint
     loader = mmengine_checkpoint.CheckpointLoader
     for prefix, function in list(loader._schemes.items()):
         if function.__module__ == mmengine_checkpoint.__name__ and function.__name__ in LOADERS:

@@ -1,0 +1,25 @@
+"""What a config's model consists of and costs, in the training and in the deploy form:
+python tools/info.py CONFIG [--size H W] ...
+"""
+
+from . import options
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options.config_parser('Layers, parameters, multiply-adds and memory of a model.')
+    parser.add_argument(
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (the config's test size)"
+    )
+    args = parser.parse_args(argv)
+
+    import fastvit_mm
+    from fastvit_mm import launch
+    from fastvit_mm.complexity import compare
+    from fastvit_mm.errors import FastViTError
+    from fastvit_mm.export.inputs import size_of
+
+    if min(args.size or [32]) < 32:
+        raise FastViTError('--size must be at least 32 32')
+    cfg = launch.load_config(args)
+    size = tuple(args.size) if args.size else size_of(cfg)
+    print(compare(fastvit_mm.init_model(cfg), size))
