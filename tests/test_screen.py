@@ -214,6 +214,7 @@ class Terminal:
     def close(self):
         os.close(self.slave)
         self.reader.join(20)
+        os.close(self.master)
 
     def lines(self):
         """What a reader sees in the end: of a line that is drawn again, the last version."""

@@ -54,6 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         '--cam-class', metavar='CLASS', help='name or number of the class (the predicted one)'
     )
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
+    parser.add_argument(
+        '--batch-size',
+        type=options.positive,
+        default=1,
+        metavar='N',
+        help='images that are computed together, if they have the same size (1)',
+    )
     args = parser.parse_args(argv)
 
     import torch
@@ -82,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
 
             skipped = attention.look(model, source, out, args.cam, args.cam_class)
         else:
-            skipped = look(model, source, out, args.score_thr, args.json, args.turntable)
+            how = args.score_thr, args.json, args.turntable, args.batch_size
+            skipped = look(model, source, out, *how)
     except OSError as error:
         raise FastViTError(f'cannot write to {out}: {error}') from error
     if skipped:

@@ -31,7 +31,8 @@ def parser(description: str, **kwargs) -> argparse.ArgumentParser:
 
 def debug_argument(parser: argparse.ArgumentParser) -> None:
     """The argument that ``launch.run`` looks for."""
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    says = 'show every message, and the traceback of an error'
+    parser.add_argument('--debug', action='store_true', help=says)
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
