@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import foreign_layouts as foreign
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -15,7 +16,7 @@ from randomize import randomize
 
 from fastvit_mm import FastViT
 from fastvit_mm.cli import COMMANDS
-from fastvit_mm.demo.scenes import CLASSES
+from fastvit_mm.demo.scenes import save
 
 FOLDER = Path(__file__).parents[1] / 'docs' / 'guides'
 PAGES = sorted(FOLDER.glob('*.md'))
@@ -73,10 +74,15 @@ def published(tmp_path, monkeypatch):
 
 
 def flowers(number):
-    foreign.class_folders(Path('data'), number, 'all/{name}/{index:04d}.jpg', area=(0.2, 0.35))
-    Path('data/flowers').mkdir()
-    for kind, name in (('cross', 'daisy'), ('circle', 'tulip')):
-        Path('data/all', kind).rename(Path('data/flowers', name))
+    """Stripes that stand or lie: two classes that are learned in seconds."""
+    for index in range(number):
+        rng = np.random.default_rng(index)
+        wave = np.sin(np.arange(64) * 2 * np.pi / rng.uniform(6, 14) + rng.uniform(0, 6))
+        image = 128 + wave[:, None, None] * rng.uniform(30, 90, 3) * np.ones((64, 64, 1))
+        image += rng.normal(0, 12, image.shape)
+        name, image = (('daisy', image), ('tulip', image.swapaxes(0, 1)))[index % 2]
+        path = Path(f'data/flowers/{name}/{index:04d}.jpg')
+        save(path, image.clip(0, 255).astype(np.uint8))
 
 
 def test_every_guide_is_run():
@@ -104,10 +110,22 @@ def test_code_in_guides(page):
         assert (page.parent / target).exists(), target
 
 
+WHITE = (255,) * 5
+
+
+def cells():
+    foreign.yolo(Path('data/cells'), 40, one_class=True)
+
+
+def streets():
+    foreign.images_and_masks(Path('data/streets'), 30, WHITE)
+
+
+# Data, epochs, and what must be reached; by chance: 50 %, 0, and 38 (background everywhere).
 LEARNING = {
-    'own_classes': (lambda: flowers(100), 12, 'accuracy/top1', 60),
-    'own_boxes': (lambda: foreign.yolo(Path('data/cells'), 40), 6, 'coco/bbox_mAP_50', 0.02),
-    'own_masks': (lambda: foreign.images_and_masks(Path('data/streets'), 30), 10, 'mIoU', 15),
+    'own_classes': (lambda: flowers(40), 8, 'accuracy/top1', 80),
+    'own_boxes': (cells, 6, 'bbox_mAP_50', 0.05),
+    'own_masks': (streets, 8, 'mIoU', 50),
 }
 
 
@@ -123,8 +141,9 @@ def test_guides_for_own_data(name, tmp_path, monkeypatch):
         if words[1] == 'init':
             shortened(Path(words[2], 'config.py'), epochs)
             folder = Path(words[2])
-    assert metrics(folder)[metric] >= least
-    assert not name.endswith('classes') or len(list(Path('drawn').iterdir())) >= len(CLASSES)
+    found = {key: value for key, value in metrics(folder).items() if key.endswith(metric)}
+    assert found and min(found.values()) >= least, found
+    assert name != 'own_classes' or len(list(Path('drawn').iterdir())) == 20
 
 
 SHORT = ['published_weights', 'freezing', 'several_gpus']
