@@ -74,7 +74,7 @@ def coco(root, number, ids=(7, 3, 20, 11, 5), file='labels.json', folder='photos
     (root / file).write_text(json.dumps(content))
 
 
-def yolo(root, number, outlines=False, **kwargs):
+def yolo(root, number, outlines=False, one_class=False, **kwargs):
     for index, scene in enumerate(scenes(number, **kwargs)):
         save(root / 'images' / f'{index:04d}.jpg', scene.image)
         height, width = scene.image.shape[:2]
@@ -83,7 +83,8 @@ def yolo(root, number, outlines=False, **kwargs):
             line = outline(one) / (width, height)
             low, high = line.min(0), line.max(0)
             values = line.ravel() if outlines else [*((low + high) / 2), *(high - low)]
-            rows.append(' '.join([str(one.label), *(f'{v:.6f}' for v in values)]))
+            label = 0 if one_class else one.label
+            rows.append(' '.join([str(label), *(f'{v:.6f}' for v in values)]))
         path = root / 'labels' / f'{index:04d}.txt'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('\n'.join(rows) + '\n')
