@@ -269,12 +269,12 @@ def test_detection_costs_what_the_recipes_say():
 
 def test_memory_by_hand():
     """A tensor counts while it exists: of a chain two at a time, with a residual three."""
-    chain = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    chain = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))).to('meta')
     image = torch.empty(1, 4, 8, 8, device='meta')
     one = image.numel() * 4
     with torch.no_grad():
         with complexity.LiveMemory() as memory:
-            chain.to('meta')(image)
+            chain(image)
         assert memory.peak == 2 * one and memory.now == 0
         with complexity.LiveMemory() as memory:
             first = chain[0](image)
@@ -283,11 +283,11 @@ def test_memory_by_hand():
         del kept
 
 
-def test_info(tool, tmp_path, capsys):
+def test_info(tool, tmp_path, capfd):
     """Prints a table of the stages that fits the config's own test size, or another."""
     config = shallow(SEGMENTATION, tmp_path)
     import_module('fastvit_mm.cli.info').main([str(config)])
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert 'EncoderDecoder, an image of 512 x 512' in shown
     for name in ('stem', 'stage 1', 'stage 4', 'neck', 'decode head', 'all'):
         assert re.search(rf'^{name}  ', shown, re.MULTILINE), name
