@@ -38,7 +38,7 @@ demo: $(VENV)/.installed ## install everything and run tools/demo.py
 
 # Many small operations: one process per core beats threads.
 test: $(VENV)/.installed $(if $(filter onedl-pinned,$(STACK)-$(TORCH)),lint) ## check the style, run the tests (STACK=onedl or openmmlab; PYTEST_ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(TESTS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 $(TESTS) $(PYTEST_ARGS)
 
 test-oldest: ## run the tests of model, weights and export with the oldest torch that setup.py allows
 	@$(MAKE) --no-print-directory test TORCH=oldest

@@ -40,10 +40,12 @@ EXTRAS = {
     'tensorboard': ['tensorboard>=2.16'],
     # corruptions and lists of classes; imagecorruptions itself does not run on numpy 2
     'robustness': ['imagecorruptions-imaug>=1.1.5', 'timm>=1.0.31'],
+    'cam': ['grad-cam>=1.5.4'],  # fastvit infer --cam
     'test': [
         'hypothesis>=6.100',
         'pytest',
         'pytest-randomly',
+        'pytest-timeout>=2.4',
         'pytest-xdist',
         'ruff',
         'setuptools>=70.1',
@@ -51,7 +53,7 @@ EXTRAS = {
         'torchao>=0.18',
     ],
 }
-for extra in ('onnx', 'openvino', 'coreml', 'tensorboard', 'robustness'):
+for extra in ('onnx', 'openvino', 'coreml', 'tensorboard', 'robustness', 'cam'):
     EXTRAS['test'] += EXTRAS[extra]
 
 

@@ -1,7 +1,7 @@
 """Models and predictions in two calls, for every task; the packages' own APIs do the work."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 
-from . import configs, settings, weights
+from . import configs, noise, settings, weights
 from .data import explain
 from .errors import FastViTError
 from .export import attach, is_exported
@@ -58,7 +58,8 @@ def init_model(
     elif scope == 'mmdet':
         from mmdet.apis import init_detector
 
-        model = init_detector(config, device=device, cfg_options={})
+        with noise.without('checkpoint is None, use COCO classes'):  # ours follow
+            model = init_detector(config, device=device, cfg_options={})
     elif scope == 'mmseg':
         from mmseg.apis import init_model as init_segmentor
 
@@ -76,6 +77,9 @@ def init_model(
     if checkpoint is not None and not exported:
         read = weights.load(model, checkpoint, whole=True)
         meta = read['meta'].get('dataset_meta') or meta
+    texts = getattr(getattr(model, 'head', None), 'class_names', None)
+    if texts is not None:  # a zero-shot head knows its classes, and has none without texts
+        meta = dict(classes=texts)
     if meta:
         model.dataset_meta = model._dataset_meta = meta
     model.cfg = config
@@ -95,34 +99,60 @@ def dataset_meta(config: Config, scope: str) -> dict:
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 
-def inference(model: nn.Module, images: Images):
+def inference(model: nn.Module, images: Images, batch_size: int = 8):
     """Predict with a model from :func:`init_model`.
 
     Args:
         images: a path or a BGR uint8 array (H, W, 3), or a list of either.
+        batch_size: of a list, so many at a time, at most; images are computed together if they
+            have the same size after the config's resizing, so that none is padded. The results
+            don't depend on it.
 
     Returns:
         What the model's package returns for an image (mmpretrain: a dict with ``pred_label``,
-        ``pred_score``, ``pred_class``; mmdet: DetDataSample; mmseg: SegDataSample; for a hand mesh
-        model a HandSample), or a list.
+        ``pred_score``, ``pred_class``, or with ``embedding``; mmdet: DetDataSample; mmseg:
+        SegDataSample; for a hand mesh model a HandSample), or a list in the order of
+        the images.
 
     Raises:
-        FastViTError: an image cannot be read; names the file.
+        FastViTError: an image cannot be read; names the file. A ``batch_size`` below 1.
     """
+    if batch_size < 1:
+        raise FastViTError(f'batch_size={batch_size}: at least 1')
     many = isinstance(images, list | tuple)
     items = [str(i) if isinstance(i, Path) else i for i in (images if many else [images])]
     for item in items:
         if isinstance(item, str) and '://' not in item and not Path(item).is_file():
             raise FastViTError(f'image {item} does not exist')
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():
-        predict = predictor(model)
-        results = [predict_one(predict, item) for item in items]
+        results = in_batches(predictor(model), items, batch_size)
     return results if many else results[0]
 
 
-def predict_one(predict: Callable, item: str | np.ndarray):
+def in_batches(predict: 'Predictor', items: list, batch_size: int) -> list:
+    """Predictions in the order of ``items``, computed with others of the same size."""
+    results, waiting = [None] * len(items), {}
+
+    def compute(group):
+        indices, samples = zip(*group, strict=True)
+        for index, result in zip(indices, predict.compute(list(samples)), strict=True):
+            results[index] = result
+        group.clear()
+
+    for index, item in enumerate(items):
+        sample = prepare_one(predict, item)
+        group = waiting.setdefault(predict.size(sample), [])
+        group.append((index, sample))
+        if len(group) == batch_size:
+            compute(group)
+    for group in filter(None, waiting.values()):
+        compute(group)
+    return results
+
+
+def prepare_one(predict: 'Predictor', item: str | np.ndarray) -> dict:
     try:
-        return predict(item)
+        return predict.prepare(item)
     except Exception as error:
         known = explain(error, dict(img_path=item)) if isinstance(item, str) else None
         if known is None or known is error:
@@ -130,8 +160,8 @@ def predict_one(predict: Callable, item: str | np.ndarray):
         raise known from error
 
 
-def predictor(model: nn.Module) -> Callable:
-    """A callable that predicts for one image, built once and kept with the model."""
+def predictor(model: nn.Module) -> 'Predictor':
+    """What predicts with ``model``, built once and kept with it."""
     kept = model.__dict__.get('_predictor')
     if kept is None or kept.config is not model.cfg:
         if model.cfg.model.type == 'HandMesh':
@@ -142,49 +172,80 @@ def predictor(model: nn.Module) -> Callable:
     return kept
 
 
-class ByInferencer:
-    """Predicts with mmpretrain's inferencer."""
-
-    def __init__(self, model: nn.Module):
-        from mmpretrain.apis import ImageClassificationInferencer
-
-        self.config = model.cfg
-        self.inferencer = ImageClassificationInferencer(model)
-
-    def __call__(self, image) -> dict:
-        inferencer = self.inferencer
-        inferencer.classes = inferencer.model._dataset_meta.get('classes')
-        # what calling it does, without the progress bar
-        (batch,) = inferencer.preprocess([image])
-        return inferencer.postprocess(inferencer.forward(batch), [])[0]
-
-
-class ByPipeline:
-    """Predicts like mmdet's and mmseg's functions, which rebuild the test pipeline per image."""
+class Predictor:
+    """Prepares images one by one, and computes those that have the same size together."""
 
     def __init__(self, model: nn.Module):
         self.config, self.model = model.cfg, model
+
+    def prepare(self, image: str | np.ndarray) -> dict:
+        """The output of the config's pipeline, before it is collated."""
+        raise NotImplementedError
+
+    def size(self, sample: dict):
+        return sample['inputs'].shape
+
+    def compute(self, samples: list[dict]) -> list:
+        return self.model.test_step(pseudo_collate(samples))
+
+
+class ByInferencer(Predictor):
+    """Predicts with mmpretrain's inferencer."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        from mmpretrain.apis import ImageClassificationInferencer
+
+        self.inferencer = ImageClassificationInferencer(model)
+
+    # What calling it does, without the progress bar.
+    def prepare(self, image) -> dict:
+        (batch,) = self.inferencer.preprocess([image])
+        return batch
+
+    def compute(self, samples: list[dict]) -> list[dict]:
+        inferencer = self.inferencer
+        inferencer.classes = inferencer.model._dataset_meta.get('classes')
+        batch = dict(
+            inputs=torch.cat([one['inputs'] for one in samples]),
+            data_samples=[sample for one in samples for sample in one['data_samples']],
+        )
+        found = inferencer.forward(batch)
+        if 'embedding' in found[0]:
+            return [dict(embedding=one.embedding.float().cpu().numpy()) for one in found]
+        return inferencer.postprocess(found, [])
+
+
+class ByPipeline(Predictor):
+    """Predicts like mmdet's and mmseg's functions, which rebuild the test pipeline per image."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
         steps = model.cfg.get('test_pipeline') if model.cfg.default_scope == 'mmseg' else None
         steps = steps or model.cfg.test_dataloader.dataset.pipeline
         steps = [dict(s) for s in steps if not s['type'].endswith('LoadAnnotations')]
         self.from_path = Compose(steps)
         self.from_array = Compose([steps[0] | dict(type='LoadImageFromNDArray'), *steps[1:]])
 
-    def __call__(self, image):
+    def prepare(self, image) -> dict:
         if isinstance(image, np.ndarray):
-            data = self.from_array(dict(img=image, img_id=0))
-        else:
-            data = self.from_path(dict(img_path=image, img_id=0))
-        return self.model.test_step(pseudo_collate([data]))[0]
+            return self.from_array(dict(img=image, img_id=0))
+        return self.from_path(dict(img_path=image, img_id=0))
+
+    def size(self, sample: dict):
+        # mmseg computes windows for the first original of a batch
+        return *sample['inputs'].shape, *sample['data_samples'].ori_shape
 
 
-class ByHandMesh:
-    """By :func:`fastvit_mm.hand_mesh.inference.infer_hand`."""
+class ByHandMesh(Predictor):
+    """By the functions of :mod:`fastvit_mm.hand_mesh.inference`."""
 
-    def __init__(self, model: nn.Module):
-        self.config, self.model = model.cfg, model
+    def prepare(self, image) -> dict:
+        from .hand_mesh.inference import prepare
 
-    def __call__(self, image):
-        from .hand_mesh.inference import infer_hand
+        return prepare(self.model, image)
 
-        return infer_hand(self.model, image)
+    def compute(self, samples: list[dict]) -> list:
+        from .hand_mesh.inference import compute
+
+        return compute(self.model, samples)

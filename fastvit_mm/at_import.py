@@ -6,7 +6,7 @@ To prevent it, set ``FASTVIT_MM_INSTALL=0`` in the environment and call
 
 import os
 
-from . import inheritance, mmcv_ops, model_hub
+from . import inheritance, mmcv_ops, model_hub, noise
 
 
 def install() -> None:
@@ -14,6 +14,8 @@ def install() -> None:
     # mmcv's compiled operators don't build on a current PyTorch, and without them no model of
     # mmdet can be imported: torchvision stands in for `mmcv._ext` unless the real one exists.
     mmcv_ops.install()
+    # Messages that say nothing, or nothing true; before the modules that print on import.
+    noise.install()
     # `_base_ = 'fastvit_mm::...'` in the configs of other projects.
     inheritance.install()
     # `mmpretrain.list_models` and `get_model` know its own models only.

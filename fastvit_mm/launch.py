@@ -12,13 +12,13 @@ from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as BaseRunner
 
-from . import configs, data, failures, settings, weights
+from . import configs, data, failures, noise, settings, weights
 from .data import check_data
 from .demo import apply_demo
 from .errors import FastViTError, one_line
 from .evaluation.mirrored import augment_test
 from .export import attach, is_exported
-from .hooks import AfterFailureHook
+from .hooks import AfterFailureHook, ScreenHook, screen
 from .reparameterize import network, unwrap
 from .running import processes, work_dir
 from .running.batches import says_if_worker_dies
@@ -71,7 +71,13 @@ class Runner(BaseRunner):
         return data.build_checked(dataloader, *args, **kwargs)
 
     def register_hooks(self, default_hooks=None, custom_hooks=None):
-        super().register_hooks(default_hooks, [*(custom_hooks or []), AfterFailureHook()])
+        ours = [AfterFailureHook(), ScreenHook()]
+        super().register_hooks(default_hooks, [*(custom_hooks or []), *ours])
+
+    def build_logger(self, *args, **kwargs):
+        logger = super().build_logger(*args, **kwargs)
+        screen.take_over(logger, introduce=True)
+        return logger
 
     def setup_env(self, env_cfg):
         processes.join(self.launcher, env_cfg.get('dist_cfg', {}))
@@ -133,7 +139,8 @@ class Runner(BaseRunner):
     def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
         model = network(self.model)
         tests_only = self._train_dataloader is None
-        checkpoint = weights.prepare(model, filename, whole=self._resume or tests_only)
+        whole = self._resume or tests_only
+        checkpoint = weights.prepare(model, filename, whole, switch=tests_only)
         if self._resume:
             work_dir.check_resumable(checkpoint, filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
@@ -185,8 +192,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     With ``--debug`` in ``argv`` (the command line) it is shown instead.
     """
     debug = '--debug' in (sys.argv[1:] if argv is None else argv)
+    if debug:
+        noise.show_everything()
     try:
-        with one_fate():
+        with one_fate(), screen.closing():
             main(argv)
     except KeyboardInterrupt:
         sys.exit(130)

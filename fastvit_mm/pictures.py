@@ -1,6 +1,7 @@
 """Pictures of predictions, for every task, drawn by the packages' own visualizers."""
 
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ LONG = 4000  # pixels: an image this long is not enlarged, however narrow it is
 DPI = 130  # of a small picture; larger ones have larger text
 LARGE = 800  # pixels, side of a square: from here on the text grows with the picture
 TOP = 5  # classes shown for a classification
+IGNORED = 255  # mmseg's label of pixels that do not count
 
 
 def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.ndarray:
@@ -38,23 +40,79 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
         from .hand_mesh.drawing import draw_hand
 
         return draw_hand(image, result, same_size)
+    if 'embedding' in result:  # nothing to see
+        return image.copy()
     height, width = image.shape[:2]
     side = math.sqrt(height * width)
     factor = math.ceil(SMALL / side) if side < SMALL and max(height, width) < LONG else 1
-    dpi = DPI * max(1, side * factor / LARGE)
+    dpi = resolution(side * factor)
     rgb = enlarged(np.ascontiguousarray(image[..., ::-1]), factor, cv2.INTER_CUBIC)
     if isinstance(result, dict):
         picture = add(rgb, panel(top_classes(result, meta), dpi, bars=True), same_size)
     elif 'pred_instances' in result:
         picture = instances(rgb, result.pred_instances.cpu(), meta, factor, dpi)
     else:
-        labels = result.pred_sem_seg.data[0].cpu().numpy()
+        labels, meta = with_unlabelled(result.pred_sem_seg.data[0].cpu().numpy(), meta)
         picture = overlay(rgb, labels, meta, factor)
         rows = legend(labels, meta, limit=max(4, int(rgb.shape[0] / dpi / LEGEND_ROW) - 1))
         picture = add(picture, panel(rows, dpi, bars=False), same_size)
     if same_size and factor > 1:
         picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
     return np.ascontiguousarray(picture[..., ::-1])
+
+
+def resolution(side: float) -> float:
+    """Dots per inch of the text on a picture with the area of a square of this side."""
+    return DPI * max(1, side / LARGE)
+
+
+def compare(image: np.ndarray, truth, result, meta: dict, caption: str) -> np.ndarray:
+    """Truth and prediction side by side, with a line of text above.
+
+    Args:
+        image: BGR uint8 (H, W, 3).
+        truth: of the same kind as ``result``, see :mod:`fastvit_mm.truth`; the name of a
+            class; None if it is not known.
+        result: see :func:`draw`.
+
+    Returns:
+        BGR uint8.
+    """
+    if truth is None or isinstance(truth, str):
+        title = truth and f'truth: {truth};  prediction: {top_classes(result, meta)[0][0]}'
+        parts = {title: draw(image, result, meta)}
+    else:
+        parts = dict(truth=draw(image, truth, meta), prediction=draw(image, result, meta))
+    dpi = max(resolution(min(part.shape[:2])) for part in parts.values())
+    drawn = [titled(part, title, dpi) for title, part in parts.items()]
+    height = max(map(len, drawn))
+    gap = np.full((height, round(0.1 * dpi), 3), 255, np.uint8)
+    row = [part for one in drawn for part in (padded(one, height), gap)]
+    return titled(np.hstack(row[:-1]), caption, dpi, bold=True)
+
+
+def padded(image: np.ndarray, height: int) -> np.ndarray:
+    """An image with white below, ``height`` pixels in total."""
+    return np.pad(image, ((0, height - len(image)), (0, 0), (0, 0)), constant_values=255)
+
+
+def titled(image: np.ndarray, text: str | None, dpi: float, bold: bool = False) -> np.ndarray:
+    """An image with text above, in as many lines as it takes; without ``text``, as it is."""
+    if not text:
+        return image
+    width = image.shape[1]
+    size = 10.5 if bold else 9.5
+    letters = max(8, int((width / dpi - 2 * MARGIN) * 72 / (size * (0.6 if bold else 0.56))))
+    lines = textwrap.wrap(text, letters) or ['']
+    rows = round((0.19 * len(lines) + 0.11) * dpi)
+    figure = Figure((width / dpi, rows / dpi), dpi=dpi, facecolor='white')
+    canvas = FigureCanvasAgg(figure)
+    weight = 'bold' if bold else 'normal'
+    where = dict(x=MARGIN * dpi / width, y=1 - 0.06 * dpi / rows, va='top', linespacing=1.25)
+    figure.text(s='\n'.join(lines), fontsize=size, fontweight=weight, parse_math=False, **where)
+    canvas.draw()
+    strip = np.asarray(canvas.buffer_rgba())[:, :width, :3]
+    return np.vstack([strip, image])
 
 
 def class_name(meta: dict, label: int) -> str:
@@ -75,6 +133,16 @@ def colours(meta: dict, count: int) -> list[tuple[int, int, int]]:
     return [tuple(int(value) for value in colour) for colour in get_palette(palette, count)]
 
 
+def with_unlabelled(labels: np.ndarray, meta: dict) -> tuple[np.ndarray, dict]:
+    """Labels (H, W) whose pixels that mmseg ignores are a black class, and the ``meta`` with it."""
+    number = len(meta.get('classes') or ())
+    if not 0 < number <= IGNORED or not (labels == IGNORED).any():
+        return labels, meta
+    palette = [*colours(meta, number), (0, 0, 0)]
+    meta = dict(meta, classes=[*meta['classes'], 'not labelled'], palette=palette)
+    return np.where(labels == IGNORED, number, labels), meta
+
+
 def enlarged(array: np.ndarray, factor: int, how: int) -> np.ndarray:
     return cv2.resize(array, None, fx=factor, fy=factor, interpolation=how) if factor > 1 else array
 
@@ -82,14 +150,17 @@ def enlarged(array: np.ndarray, factor: int, how: int) -> np.ndarray:
 def instances(
     image: np.ndarray, found: InstanceData, meta: dict, factor: int, dpi: float
 ) -> np.ndarray:
-    """Boxes, masks, names and scores on an enlarged image, by mmdet's visualizer."""
+    """Boxes, masks, names and scores, if there are any, on an enlarged image, by mmdet's
+    visualizer."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import bitmap_to_polygon
     from mmdet.visualization import DetLocalVisualizer
 
     if not len(found):
         return image
-    found = found[found.scores.argsort()].numpy()  # the highest score on top
+    if 'scores' in found:
+        found = found[found.scores.argsort()]  # the highest score on top
+    found = found.numpy()
     labels = found.labels.tolist()
     palette = colours(meta, max(labels) + 1)
     with matplotlib.rc_context({'figure.dpi': dpi}):
@@ -113,9 +184,14 @@ def instances(
             if outlines:
                 visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1, alpha=0.8)
             image = visualizer.get_image()
-        boxes = dict(bboxes=found.bboxes * factor, labels=found.labels, scores=found.scores)
-        sample = DetDataSample(pred_instances=InstanceData(**boxes))
-        visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=-1)
+        boxes = InstanceData(bboxes=found.bboxes * factor, labels=found.labels)
+        if true := 'scores' not in found:
+            sample = DetDataSample(gt_instances=boxes)
+        else:
+            boxes.scores = found.scores
+            sample = DetDataSample(pred_instances=boxes)
+        which = dict(draw_gt=true, draw_pred=not true)
+        visualizer.add_datasample('', image, sample, pred_score_thr=-1, **which)
     return visualizer.get_image()
 
 

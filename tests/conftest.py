@@ -1,9 +1,12 @@
 import itertools
+import json
 import os
 import time
 
 import hypothesis
 import pytest
+import torch
+from filelock import FileLock
 from mmengine.registry import DefaultScope
 
 # The same few examples in every run; `HYPOTHESIS_PROFILE=long` runs many, others each time, and
@@ -35,3 +38,26 @@ def no_scope_of_another_test():
     """A runner leaves its default scope behind, in which the next test would look up names."""
     yield
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def same_weights_in_any_order():
+    """Random weights must not depend on which tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory):
+    """once(name, compute) returns what compute() does (JSON); one of all test processes runs it."""
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+
+    def result(name, compute):
+        file = folder / f'{name}.json'
+        with FileLock(folder / f'{name}.lock'):
+            if not file.exists():
+                file.write_text(json.dumps(compute()))
+        return json.loads(file.read_text())
+
+    return result

@@ -94,6 +94,35 @@ def test_images_in_every_form(case):
 
 
 @tasks
+def test_batches(case, task, monkeypatch):
+    """Images of several sizes, mixed: as one by one, and in few calls."""
+    model, rng = case.model(), np.random.default_rng(1)
+    sizes = [(70, 90), (64, 64), (70, 90), (50, 120), (64, 64), (70, 90), (70, 90)]
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    alone = [fastvit_mm.inference(model, one) for one in images]
+    computed, step = [], model.test_step
+
+    def note(batch):
+        computed.append(len(batch['inputs']))
+        return step(batch)
+
+    monkeypatch.setattr(model, 'test_step', note)
+    together = fastvit_mm.inference(model, [*images, case.path], batch_size=3)
+    assert sum(computed) == 8 and max(computed) == 3 and len(computed) <= 5
+    assert len(together) == 8
+    for one, other in zip(alone, together[:7], strict=True):
+        one, other = says(one), says(other)
+        assert one.shape == other.shape and relative(other, one) < 1e-4
+    assert relative(says(together[7]), says(fastvit_mm.inference(model, case.path))) < 1e-4
+    assert relative(says(alone[0]), says(alone[2])) > 1e-3, 'they tell the images apart'
+    computed.clear()
+    fastvit_mm.inference(model, images[:2], batch_size=1)
+    assert computed == [1, 1]
+    with pytest.raises(FastViTError, match='at least 1'):
+        fastvit_mm.inference(model, images, batch_size=0)
+
+
+@tasks
 def test_both_forms_agree(case):
     model, merged = case.model(), case.model(reparam=True)
     assert not model.training and not merged.training

@@ -11,6 +11,7 @@ from test_tools import load_tool, refusal
 from test_weights import KEYS, authors_file, classifier, logits, segmentor, timms
 
 from fastvit_mm import ARCHS, FastViT, launch, weights
+from fastvit_mm.models.archs import title
 
 
 @pytest.fixture
@@ -158,12 +159,15 @@ def test_safetensors(original, convert, tmp_path):
 def test_names_of_all_variants():
     """Every variant goes to the authors' names and back, and is recognized from its weights."""
     for name in ARCHS:
-        state = {k: v.to('meta') for k, v in FastViT(name).state_dict().items()}
+        with torch.device('meta'):
+            every = tuple(range(len(ARCHS[name]['depths'])))
+            state = FastViT(name, out_indices=every).state_dict()
         theirs = weights.timm_to_authors(state)
         assert not set(theirs) & set(state)
         assert weights.recognize(theirs) == 'apple'
         assert list(weights.authors_to_timm(theirs)) == list(state)
-        assert weights.describe(state) == f'FastViT-{name.upper()}'
+        known = title(name) if name not in ('mci3', 'hd') else 'MCi3 or FastViTHD'  # one network
+        assert known in weights.describe(state)
 
 
 def test_any_arch(convert, tmp_path):
@@ -172,7 +176,8 @@ def test_any_arch(convert, tmp_path):
     backbone = randomize(FastViT(arch, in_channels=4)).eval()
     torch.save(backbone.state_dict(), file := tmp_path / 'odd.pth')
     settings = weights.arch_of(backbone.state_dict())
-    assert settings == {k: v for k, v in backbone.settings.items() if k != 'layer_scale'}
+    unseen = ('layer_scale', 'downsample_act')
+    assert settings == {k: v for k, v in backbone.settings.items() if k not in unseen}
     done(convert(file, a := tmp_path / 'a.pth', '--to', 'apple'))
     done(convert(a, m := tmp_path / 'm.pth', '--deploy'))
     merged = FastViT(arch, in_channels=4, deploy=True).eval()

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -21,10 +22,26 @@ from fastvit_mm.models.onednn import Rearranged
 
 ARCH = dict(depths=(1, 1, 1, 2), widths=(16, 32, 64, 64), attention=(0, 0, 0, 1), ffn_ratio=3)
 
+# MobileCLIP's: squeeze-and-excite and GELU in the downsampling, LayerNorm, five stages.
+CLIP = dict(
+    depths=(1, 1, 1, 1, 1),
+    widths=(16, 32, 64, 64, 64),
+    attention=(0, 0, 0, 1, 1),
+    attention_norm='LN',
+    downsample_se=(0, 0, 1, 0, 0),
+    downsample_act=True,
+    stem_scale=False,
+)
+
 
 @pytest.fixture
 def deployed():
-    model = randomize(FastViT(ARCH, feature_norm=True).eval())
+    return deploy_form(ARCH)
+
+
+def deploy_form(arch):
+    indices = tuple(range(len(arch['depths'])))
+    model = randomize(FastViT(arch, out_indices=indices, feature_norm=True).eval())
     model.switch_to_deploy()
     return model
 
@@ -41,7 +58,9 @@ def plain(model, x):
 
 
 def layers(model):
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    small = [p for m in model.modules() if isinstance(m, SqueezeExcitation) for p in m.modules()]
+    own = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return [m for m in own if m not in small]  # these read one pixel
 
 
 def rearranged(model):
@@ -65,6 +84,13 @@ def agree(model, x, limit=1e-5):
 def test_same_results(deployed, layout, size):
     agree(deployed, torch.randn(2, 3, *size).contiguous(memory_format=layout))
     agree(deployed, torch.randn(1, 3, *size[::-1]))  # weights rearranged for another size
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 96), (45, 77)])
+def test_same_results_of_mobileclips(size):
+    model = deploy_form(CLIP)
+    agree(model, torch.randn(2, 3, *size))
+    agree(model.bfloat16(), torch.randn(2, 3, *size).bfloat16(), limit=0.1)
 
 
 @pytest.mark.slow
@@ -432,3 +458,28 @@ def test_memory_is_recycled():
     faults = [int(line) for line in run.stdout.split()]
     assert len(faults) == 5, run.stderr[-500:]
     assert max(faults[2:]) < 2000, faults  # 24,900 when large blocks went back to the system
+
+
+def said(model, x):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        model(x)
+    return [one for one in seen if 'deploy form' in str(one.message)]
+
+
+def test_training_the_deploy_form_warns_once(x):
+    model = randomize(FastViT(ARCH))
+    assert not said(model.train(), x)
+    model.switch_to_deploy()
+    assert not said(model.eval(), x)
+    (warning,) = said(model.train(), x)
+    assert warning.filename == __file__
+    assert not said(model, x)
+    assert len(said(FastViT(ARCH, deploy=True).train(), x)) == 1
+    # a frozen backbone below a head that is trained
+    assert not said(FastViT(ARCH, deploy=True, frozen_stages=4).train(), x)
+
+
+def test_training_the_deploy_form_compiles(x):
+    model = FastViT(ARCH, deploy=True).train()
+    torch.compile(model, backend='eager', fullgraph=True)(x)

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 
 import mmcv
 import numpy as np
@@ -11,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
 from randomize import randomize, relative
 from test_tools import (
@@ -28,7 +31,9 @@ import fastvit_mm
 from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.demo import apply_demo
 from fastvit_mm.export import FORMATS, Session, attach, export, formats, verify
-from fastvit_mm.export.graphs import paste
+from fastvit_mm.export.graphs import AveragePool, paste
+from fastvit_mm.export.inputs import real_files
+from fastvit_mm.export.inputs import test_sizes as sizes_in_test
 from fastvit_mm.export.verify import Limits, compare_detections
 from fastvit_mm.reparameterize import absorb_output_norms, reparameterize
 
@@ -224,16 +229,24 @@ def test_the_metric_of_the_file(models, task, format, tool, tmp_path):  # noqa: 
     path = tmp_path / f'model{FORMATS[format].suffix}'
     args = ['--dynamic', '--with-preprocess'] if format == 'onnx' else ['--dynamic']
     assert tool('export', config, checkpoint, '--format', format, '--out', path, *args)[0] == 0
-    metrics = []
+    metrics, classes = [], []
     for number, weights in enumerate((checkpoint, path)):
-        out = tmp_path / f'{number}.json'
-        assert tool('test', config, weights, '--out', out)[0] == 0
+        out, shown = tmp_path / f'{number}.json', tmp_path / f'shown{number}'
+        assert tool('test', config, weights, '--out', out, '--show-dir', shown)[0] == 0
         metrics.append(json.loads(out.read_text()))
+        classes.append([line.split(',') for line in (shown / 'classes.csv').open()])
+        assert len(list(shown.glob('0*.jpg'))) == 8
     (wanted, got), scale = metrics, 100 if task == DETECTION else 1  # which is in percent elsewhere
     assert wanted.keys() == got.keys()
     for key, value in wanted.items():
         if 'time' not in key:
             assert scale * got[key] == pytest.approx(scale * value, abs=0.1), key
+    # the table of classes is that of the model as well
+    for of_model, of_file in zip(*classes, strict=True):
+        assert of_file[0] == of_model[0]
+        if task != DETECTION and of_file[0] != 'class':
+            numbers = [[float(value) for value in row[2:]] for row in (of_file, of_model)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.5, nan_ok=True)
     refusal(tool('test', config, path, '--reparam'), 'leave out --reparam')
 
 
@@ -381,6 +394,73 @@ def test_fixed_sizes_and_batches(models, tmp_path):
         session(torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize('cells', [2, 6, (3, 5), (None, 4)])
+@pytest.mark.parametrize('size', [(1, 1), (3, 5), (6, 6), (7, 16), (16, 7)])
+def test_pooling_to_a_grid_is_pytorchs(cells, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    wanted = torch.nn.AdaptiveAvgPool2d(cells)(x)
+    assert relative(AveragePool(cells)(x), wanted) < 1e-14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dynamic', [True, False])
+def test_upernet(models, dynamic, tmp_path):
+    """Its features are pooled to grids; at each size, the file predicts what mmseg does."""
+    cfg = copy.deepcopy(models[SEGMENTATION][0].cfg)
+    widths, head = cfg.model.neck.in_channels, cfg.model.decode_head
+    del cfg.model.neck
+    for key in ('feature_strides', 'in_channels', 'in_index'):
+        head.pop(key)
+    head.update(type='UPerHead', in_channels=widths, in_index=[0, 1, 2, 3], channels=32)
+    head.update(pool_scales=(1, 2, 3, 6))
+    model = randomize(fastvit_mm.init_model(cfg))
+    export(model, path := tmp_path / 'uper.onnx', size=(96, 160), dynamic=dynamic)
+    session = Session(path)
+    others = [(64, 64), (224, 160), (288, 352), (100, 130)] if dynamic else []
+    for size in [(96, 160), *others]:
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            wanted = F.interpolate(model(x, mode='tensor'), size, mode='bilinear')
+        assert relative(session(x)['logits'], wanted) < 1e-5, size
+    if dynamic:  # the whole way of an image, at the sizes that the pipeline gives
+        image = noise(70, 101)
+        wanted = fastvit_mm.inference(model, image).pred_sem_seg.data
+        found = fastvit_mm.inference(attach(copy.deepcopy(model), path), image).pred_sem_seg.data
+        assert len(wanted.unique()) > 1 and (found == wanted).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ('task', 'steps', 'mode', 'named'),
+    [
+        (CLASSIFICATION, {}, {}, None),
+        (SEGMENTATION, {}, {}, (64, 64)),
+        (SEGMENTATION, dict(scale=(160, 96), keep_ratio=False), {}, (96, 160)),
+        (SEGMENTATION, {}, dict(mode='slide', crop_size=(64, 32), stride=(32, 16)), (64, 32)),
+        (DETECTION, {}, {}, None),
+    ],
+)
+def test_a_static_file_takes_what_the_test_gives(models, task, steps, mode, named):
+    """The sizes are those that the backbone sees when the config's own test set is predicted."""
+    cfg = copy.deepcopy(models[task][0].cfg)
+    dataset = cfg.test_dataloader.dataset
+    next(s for s in dataset.pipeline if 'Resize' in s['type']).update(steps)
+    cfg.test_pipeline = dataset.pipeline
+    if mode:
+        cfg.model.test_cfg = mode
+    model = fastvit_mm.init_model(cfg)
+    seen = set()
+    model.backbone.register_forward_pre_hook(
+        lambda module, args: seen.add(tuple(args[0].shape[2:])) and None
+    )
+    fastvit_mm.inference(model, list(islice(real_files(cfg), 16)))
+    found = sizes_in_test(model, cfg)
+    if task == DETECTION:  # whose graph pads to multiples of 32
+        found = {tuple(-(-n // 32) * 32 for n in size) for size in found}
+    assert set(found) == seen
+    dataset.data_root = 'nowhere'  # then the steps say what they can
+    assert named in (None, *sizes_in_test(model, cfg))
+
+
 def test_half(models, tmp_path):
     model, _, _ = models[CLASSIFICATION]
     for format in ('onnx', 'torch', 'openvino'):
@@ -437,6 +517,23 @@ def test_a_file_that_differs_is_moved_aside(models, tool, tmp_path, monkeypatch)
     assert code == 1
     assert not out.exists() and not out.with_suffix('.bin').exists()
     assert (tmp_path / 'model.failed.xml').exists() and (tmp_path / 'model.failed.bin').exists()
+
+
+def test_signals_after_openvino(models, tmp_path):
+    """Ctrl-C, or the end of a child process, once several files have been run."""
+    export(models[CLASSIFICATION][0], tmp_path / 'model.xml', 'openvino', size=SIZE)
+    program = """
+import os, signal, sys
+from fastvit_mm.export import Session
+signal.signal(signal.SIGUSR1, lambda *_: print('survived'))
+first, second = Session(sys.argv[1]), Session(sys.argv[1])
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    call = [sys.executable, '-c', program, tmp_path / 'model.xml']
+    run = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, 'survived\n'), run.stderr
 
 
 def test_what_cannot_be_exported(models, tool, tmp_path, monkeypatch):  # noqa: F811

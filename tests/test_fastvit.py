@@ -8,7 +8,8 @@ from mmengine.registry import MODELS
 from randomize import randomize, relative
 
 import fastvit_mm
-from fastvit_mm import ARCHS, FastViT, FastViTError, FastViTNeck
+from fastvit_mm import FastViT, FastViTError, FastViTNeck
+from fastvit_mm.models.archs import parse_arch
 
 # design facts: parameters of the training form with 1000 classes
 PARAMETERS = dict(
@@ -20,9 +21,11 @@ PARAMETERS = dict(
     sa36=31_527_464,
     ma36=44_068_004,
 )
-# float64 convolutions are slow on the CPU, and these three are deep.
+# float64 convolutions are slow on the CPU, and these are deep; of MobileCLIP's, one of each kind
+# (tests/test_family.py has the others).
 VARIANTS = [
-    pytest.param(a, marks=pytest.mark.slow) if a in ('sa24', 'sa36', 'ma36') else a for a in ARCHS
+    pytest.param(a, marks=pytest.mark.slow) if a in ('sa24', 'sa36', 'ma36', 'mci0') else a
+    for a in (*PARAMETERS, 'mci0')
 ]
 SIZES = [(64, 64), (32, 96), (75, 61)]
 
@@ -32,7 +35,8 @@ class Classifier(nn.Module):
 
     def __init__(self, arch, **args):
         super().__init__()
-        self.backbone = FastViT(arch, **args)
+        stages = len(parse_arch(arch)['depths'])
+        self.backbone = FastViT(arch, out_indices=tuple(range(stages)), **args)
         width = self.backbone.settings['widths'][-1]
         self.neck = FastViTNeck(width, deploy=args.get('deploy', False))
         self.head = nn.ModuleDict(dict(fc=nn.Linear(2 * width, 1000)))
@@ -58,7 +62,7 @@ def images(size, dtype, batch=2, seed=0):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('arch', PARAMETERS)
 def test_parameter_counts(arch):
     model = Classifier(arch)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[arch]
@@ -75,7 +79,7 @@ def test_outputs_equal_timms(arch):
                 last, features = theirs.forward_intermediates(x)
                 logits = theirs.forward_head(last)
                 outs, own_logits = ours(x)
-            assert len(features) == len(outs) == 4
+            assert len(features) == len(outs) == len(ours.backbone.stages)
             for i, (out, feature) in enumerate(zip(outs, features, strict=True)):
                 stride = 4 * 2**i
                 assert out.shape[2:] == tuple(-(-s // stride) for s in size)

@@ -22,6 +22,17 @@ from fastvit_mm.models.rep_conv import LayerScale, MobileOneBlock
 
 # Every kind of block, narrow; a downsampling that keeps the width and two that double it.
 TINY = dict(depths=(1, 1, 1, 1), widths=(32, 32, 64, 128), attention=(0, 0, 0, 1), ffn_ratio=2)
+# MobileCLIP's: squeeze-and-excite, GELU, LayerNorm, five stages, a stem without scale.
+CLIP = dict(
+    depths=(1,) * 5,
+    widths=(32, 32, 64, 64, 128),
+    attention=(0, 0, 0, 1, 1),
+    attention_norm='LN',
+    downsample_se=(0, 0, 1, 0, 0),
+    downsample_act=True,
+    stem_scale=False,
+    ffn_ratio=2,
+)
 BN = dict(norm_cfg=dict(type='BN'))
 GELU = dict(type='GELU')
 
@@ -49,6 +60,11 @@ BLOCKS = {
     'squeeze': (lambda: MobileOneBlock(2, 4, 3, groups=2, se_reduction=2, act_cfg=GELU, **BN), 2),
     'LargeKernelConv': (lambda: LargeKernelConv(2, 4, **BN), 2),
     'LargeKernelConv, same width': (lambda: LargeKernelConv(2, 2, **BN), 2),
+    'LargeKernelConv, squeeze': (
+        lambda: LargeKernelConv(2, 4, se_reduction=2, act_cfg=GELU, **BN),
+        2,
+    ),
+    'stem without scale': (lambda: MobileOneBlock(2, 4, 3, stride=2, with_scale=False, **BN), 2),
     'PositionalEncoding': (lambda: PositionalEncoding(2), 2),
     'FFN': (ScaledFFN, 3),
 }
@@ -134,15 +150,22 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize('optimizer', [torch.optim.SGD, torch.optim.AdamW])
-def test_twenty_steps(optimizer):
-    models = twins(FastViT, arch=TINY, feature_norm=True, drop_path_rate=0.2)
+@pytest.mark.parametrize(
+    'arch, optimizer',
+    [(TINY, torch.optim.SGD), (TINY, torch.optim.AdamW), (CLIP, torch.optim.AdamW)],
+    ids=['SGD', 'AdamW', 'MobileCLIP'],
+)
+def test_twenty_steps(arch, optimizer):
+    last = len(arch['depths']) - 1
+    size = (33, 64) if arch is TINY else (97, 160)  # of two positions a norm is a sign
+    args = dict(out_indices=(0, 1, 2, last), feature_norm=True, drop_path_rate=0.2)
+    models = twins(FastViT, arch=arch, **args)
     optimizers = [optimizer(model.parameters(), lr=1e-3) for model in models]
     for step in range(20):
         for model, own in zip(models, optimizers, strict=True):
             torch.manual_seed(step)
             own.zero_grad()
-            sum(out.square().mean() for out in model(random_input(3, (33, 64)))).backward()
+            sum(out.square().mean() for out in model(random_input(3, size))).backward()
             own.step()
     fused, plain = (model.state_dict() for model in models)
     for key, value in plain.items():

@@ -1,6 +1,7 @@
 """Both heads: what they compute, learn, export and draw."""
 
 import copy
+import csv
 import json
 from pathlib import Path
 
@@ -331,6 +332,12 @@ def test_inference_and_its_picture(name, tmp_path):
     cv2.imwrite(str(tmp_path / 'photo.png'), photo)
     samples = fastvit_mm.inference(model, [photo, tmp_path / 'photo.png'])
     torch.testing.assert_close(samples[0].pred_verts, samples[1].pred_verts)
+    other = np.random.default_rng(1).integers(0, 256, (90, 80, 3), np.uint8)
+    several = fastvit_mm.inference(model, [other, photo, other[:50]], batch_size=2)
+    alone = fastvit_mm.inference(model, other)
+    assert relative(several[0].pred_uv, alone.pred_uv) < 1e-4
+    assert relative(several[1].pred_uv, samples[0].pred_uv) < 1e-4
+    assert relative(samples[0].pred_uv, alone.pred_uv) > 1e-2, 'it tells the photos apart'
     # points of the square that the network saw, in the photo: 120 pixels are 224, 30 are added
     fitted = run([dict(type='FitHand', scale=224)], dict(img=photo))['img']
     square = fastvit_mm.inference(model, fitted)
@@ -375,7 +382,18 @@ def test_the_tools(name, tmp_path, monkeypatch, capfd):
     assert results[0]['PA-MPJPE'] == pytest.approx(results[1]['PA-MPJPE'], rel=1e-3)
     assert 1 < results[0]['PA-MPVPE'] < 60  # 46 mm: all vertices in one place
     load_tool('test').main([path, checkpoint, *work, '--show-dir', 'shown'])
-    assert len(list(Path('shown').glob('*.jpg'))) == 3
+    with open('shown/images.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['picture'] for row in rows] == sorted(p.name for p in Path('shown').glob('*.jpg'))
+    errors = [float(row['PA-MPJPE']) for row in rows]
+    assert len(errors) == 3 and errors == sorted(errors, reverse=True)
+    assert np.mean(errors) == pytest.approx(results[0]['PA-MPJPE'], rel=1e-3)
+    with open('shown/classes.csv', newline='') as file:
+        joints = list(csv.DictReader(file))
+    assert [joints[i]['joint'] for i in (0, 4, 9)] == ['wrist', 'thumb 4', 'middle 1']
+    assert np.mean([float(row['mean (mm)']) for row in joints]) == pytest.approx(
+        np.mean(errors), abs=0.01
+    )
     photos = 'data/demo/freihand/evaluation/rgb'
     load_tool('infer').main(
         [path, checkpoint, photos, '--demo', '--out', 'out', '--json', '--turntable']

@@ -21,11 +21,15 @@ from fastvit_mm.models.ordinary import DeployWeight
 from fastvit_mm.models.rep_conv import LayerScale
 
 ARCH = dict(depths=(1, 1, 1, 1), widths=(16, 32, 64, 64), attention=(0, 0, 0, 1), ffn_ratio=2)
+# MobileCLIP's kinds of layers
+CLIP = dict(
+    ARCH, attention_norm='LN', downsample_se=(0, 0, 1, 1), downsample_act=True, stem_scale=False
+)
 FORMS = ['training', 'eval', 'deploy']
 
 
-def network(form, **args):
-    model = randomize(FastViT(ARCH, **args)).train(form == 'training')
+def network(form, arch=ARCH, **args):
+    model = randomize(FastViT(arch, **args)).train(form == 'training')
     if form == 'deploy':
         model.switch_to_deploy()
         with torch.no_grad():
@@ -44,13 +48,15 @@ def agree(outs, references, limit=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize(
+    'with_cp, arch', [(False, ARCH), (True, ARCH), (False, CLIP)], ids=['', 'with_cp', 'clip']
+)
 @pytest.mark.parametrize('form', FORMS)
-def test_compiles_to_one_graph(form, with_cp):
+def test_compiles_to_one_graph(form, with_cp, arch):
     if with_cp and form != 'training':
         pytest.skip('nothing is recomputed without gradients')
     torch._dynamo.reset()
-    model, twin = (network(form, with_cp=with_cp, feature_norm=True) for _ in range(2))
+    model, twin = (network(form, arch, with_cp=with_cp, feature_norm=True) for _ in range(2))
     exact = form != 'deploy'  # whose fast path is for float32
     dtype, limit = (torch.float64, 1e-8) if exact else (torch.float32, 1e-5)
     model.to(dtype), twin.to(dtype)
@@ -71,8 +77,9 @@ def test_compiles_to_one_graph(form, with_cp):
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor_and_frozen_weights():
-    model = network('deploy')
+@pytest.mark.parametrize('arch', [ARCH, CLIP], ids=['', 'clip'])
+def test_compiles_with_inductor_and_frozen_weights(arch):
+    model = network('deploy', arch)
     with torch.no_grad():
         expected = model(images())
         torch._dynamo.reset()
@@ -80,9 +87,13 @@ def test_compiles_with_inductor_and_frozen_weights():
         agree(compiled(images()), expected)
 
 
-@pytest.mark.parametrize('form', ['eval', 'deploy'])
-def test_vmap(form):
-    model = network(form)
+@pytest.mark.parametrize(
+    'form, arch',
+    [('eval', ARCH), ('deploy', ARCH), ('deploy', CLIP)],
+    ids=['eval', 'deploy', 'clip'],
+)
+def test_vmap(form, arch):
+    model = network(form, arch)
     x = images(batch=6).view(3, 2, 3, 64, 64)
     with torch.no_grad():
         expected = [torch.stack(outs) for outs in zip(*map(model, x), strict=True)]

@@ -23,8 +23,6 @@ from mmpretrain.registry import MODELS
 from fastvit_mm import FastViTError
 from fastvit_mm.running import processes, watch
 
-# Its runs are made once, for the tests of one worker.
-pytestmark = pytest.mark.xdist_group('processes')
 ROOT = Path(__file__).parent.parent
 CONFIGS = dict(
     classification='configs/classification/fastvit_t8_in1k.py',
@@ -124,8 +122,12 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def results(home):
-    """What each of one and of two processes gives, by task."""
+def results(home, once):
+    """What each of one ('1') and of two processes ('2') gives, by task."""
+    return once('processes', lambda: run_tasks(home))
+
+
+def run_tasks(home):
     tasks = [f'{task}={shallow(task, home)}' for task in CONFIGS]
     program, found = ROOT / 'tests' / 'ranks_program.py', {}
     for number in (1, 2):
@@ -135,15 +137,15 @@ def results(home):
         with Started(home / f'of {number}', ([*start, program, out, launcher, *tasks], {})) as run:
             code, error = run.end()
         assert code == 0, error[-4000:]
-        found[number] = json.loads((out / 'results.json').read_text())
-    assert len(found[2]) == 2
+        found[str(number)] = json.loads((out / 'results.json').read_text())
+    assert len(found['2']) == 2
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', CONFIGS)
 def test_two_processes_train_as_one(results, task):
-    one, (first, second) = results[1][0][task], (rank[task] for rank in results[2])
+    one, (first, second) = results['1'][0][task], (rank[task] for rank in results['2'])
     assert one['norms'] == ['BatchNorm2d'] and first['norms'] == ['SyncBatchNorm']
     assert len(one['losses']) == 20 and one['losses'][0] != one['losses'][-1]
     assert first['losses'] == second['losses']
@@ -155,7 +157,7 @@ def test_two_processes_train_as_one(results, task):
 @pytest.mark.parametrize('task', CONFIGS)
 def test_two_processes_test_as_one(results, task):
     """7 images: mmengine tests one of them twice."""
-    one, (first, second) = results[1][0][task], (rank[task] for rank in results[2])
+    one, (first, second) = results['1'][0][task], (rank[task] for rank in results['2'])
     for form in ('plain', 'reparam'):
         assert len(set(one[form]['order'])) == 7
         assert first[form] == second[form]

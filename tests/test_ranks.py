@@ -23,13 +23,12 @@ from fastvit_mm import FastViT, FastViTError
 from fastvit_mm.data.problems import Problem, settle_once
 from fastvit_mm.running.sync_batch_norm import SyncBatchNorm
 
-pytestmark = pytest.mark.xdist_group('ranks')
 RANKS = 2
 
 
 def rank_main(rank, folder):
     torch.set_num_threads(1)
-    address, patience = f'file://{folder}/rendezvous', timedelta(seconds=60)
+    address, patience = f'file://{folder}/rendezvous', timedelta(seconds=180)
     dist.init_process_group(
         'gloo', init_method=address, rank=rank, world_size=RANKS, timeout=patience
     )
@@ -39,9 +38,12 @@ def rank_main(rank, folder):
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory):
+def results(tmp_path_factory, once):
+    return once('ranks', lambda: run_scenarios(tmp_path_factory.mktemp('ranks')))
+
+
+def run_scenarios(folder):
     """What every scenario returned on each rank. None may wait for ever."""
-    folder = tmp_path_factory.mktemp('ranks')
     context = mp.start_processes(
         rank_main, (str(folder),), nprocs=RANKS, join=False, start_method='spawn'
     )

@@ -1,5 +1,6 @@
 """The tools as people call them: what they do, and the one line they say when they cannot."""
 
+import csv
 import importlib.util
 import json
 import logging
@@ -211,6 +212,18 @@ def test_hostile_checkpoints(tool, tmp_path):
 
 
 @pytest.mark.slow
+def shown_in_order(folder):
+    """Tables, and a picture for each of 8 images, the worst first."""
+    with (folder / 'images.csv').open(newline='') as file:
+        _, *rows = csv.reader(file)
+    assert [path.name for path in sorted(folder.glob('*.jpg'))] == [row[-1] for row in rows]
+    assert len(rows) == 8 and all(row[-1][6:-4] == Path(row[0]).stem for row in rows)
+    values = [float(row[1]) for row in rows]
+    assert sorted(values) in (values, values[::-1])
+    assert {path.name for path in folder.glob('c*')} == {'classes.csv', 'confusion.png'}
+    assert not list(folder.glob('.*'))
+
+
 @pytest.mark.parametrize('task', CONFIGS)
 def test_train_resume_and_test(tool, tmp_path, task):
     """A run's whole life: train, resume, test both forms, draw, write out, and be refused."""
@@ -246,7 +259,7 @@ def test_train_resume_and_test(tool, tmp_path, task):
         code, err = tool('test', config, checkpoint, *args)
         assert code == 0, err
         results.append(read(out.read_bytes()))
-        assert sum(p.suffix.lower() in ('.png', '.jpg', '.jpeg') for p in shown.rglob('*')) > 5
+        shown_in_order(shown)
     assert config.read_text() == left, "a test replaced the run's config"
     if task == DETECTION:
         scores = [[p['pred_instances']['scores'][:20] for p in each] for each in results]

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from fastvit_mm import ARCHS, FastViTError
+from fastvit_mm.models.archs import FASTVITS
 
 from . import apart, measure, sides
 from .report import Report
@@ -13,7 +14,7 @@ HELP = 'the deploy form of the backbone against timm in PyTorch; bf16 against fp
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument('--archs', nargs='+', default=list(ARCHS), choices=ARCHS)
+    parser.add_argument('--archs', nargs='+', default=list(FASTVITS), choices=ARCHS)
     parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
     parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='paired with sizes')
     parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=sides.DTYPES)

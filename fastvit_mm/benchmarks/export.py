@@ -8,6 +8,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor
 
 from fastvit_mm import ARCHS
+from fastvit_mm.models.archs import FASTVITS
 
 from . import measure, sides
 from .report import Report
@@ -16,7 +17,7 @@ HELP = "ONNX Runtime on the CPU: our export against timm's"
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument('--archs', nargs='+', default=list(ARCHS), choices=ARCHS)
+    parser.add_argument('--archs', nargs='+', default=list(FASTVITS), choices=ARCHS)
     parser.add_argument('--sizes', nargs='+', type=int, default=[256, 512])
     parser.add_argument('--batch', nargs='+', type=int, default=[1, 2], help='paired with sizes')
     parser.add_argument(

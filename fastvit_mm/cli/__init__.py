@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 COMMANDS = {
+    'init': 'write a config for images of your own',
     'train': 'train a config',
     'test': 'measure the accuracy of a checkpoint or an exported file',
     'infer': 'draw predictions on images, folders and videos',

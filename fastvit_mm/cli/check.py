@@ -1,5 +1,5 @@
 """Read every image of a config's data sets and list what is wrong:
-python tools/check_data.py CONFIG [--demo] [--json FILE] [--workers N]
+python tools/check_data.py CONFIG [--demo] [--json FILE] [--workers N] [--show FILE]
 
 Each problem is a line: the file, what is wrong with it, and what happens if it stays. The exit code
 is 0 if there are none but notes, and 2 if some would stop or spoil a run.
@@ -19,6 +19,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--json', metavar='FILE', help='write all problems there as well')
     parser.add_argument(
         '--workers', type=int, default=min(8, os.cpu_count() or 1), help='processes that read'
+    )
+    parser.add_argument(
+        '--show',
+        metavar='FILE',
+        help='draw augmented training images with their labels there (.png, .jpg), or as '
+        'train.png in this folder',
     )
     args = parser.parse_args(argv)
 
@@ -49,5 +55,11 @@ def main(argv: list[str] | None = None) -> None:
             )
         except OSError as error:
             raise FastViTError(f'cannot write {args.json}: {error.strerror}') from error
+    if args.show:
+        from fastvit_mm import init_model
+        from fastvit_mm.data.sheet import write_sheet
+
+        path = write_sheet(cfg, init_model(cfg).data_preprocessor, Path(args.show))
+        print(f'augmented training images: {path}')
     if not report.sound:
         sys.exit(2)

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         '--out', required=True, help='file to write: .onnx, .pt2, .xml or .mlpackage'
     )
     parser.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (the config's test size)"
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (of the config's test)"
     )
     parser.add_argument(
         '--dynamic',
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastvit_mm import launch
     from fastvit_mm.errors import FastViTError
     from fastvit_mm.export import FORMATS, export, verify
-    from fastvit_mm.export.inputs import description, images, size_of
+    from fastvit_mm.export.inputs import description, images, test_sizes
     from fastvit_mm.export.verify import move_aside
 
     if args.format not in FORMATS:
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch < 1 or min(args.size or [32]) < 32:
         raise FastViTError('--batch must be at least 1 and --size at least 32 32')
     cfg = launch.load_config(args)
-    size = tuple(args.size) if args.size else size_of(cfg)
     model = fastvit_mm.init_model(cfg, args.checkpoint)
+    size, *others = [tuple(args.size)] if args.size else test_sizes(model, cfg)
     info = export(
         model,
         path,
@@ -81,6 +81,12 @@ def main(argv: list[str] | None = None) -> None:
         aside = move_aside(path)
         print(f'{path} does NOT compute what the model does: {verdict.text}; it is now {aside}')
         sys.exit(1)
+    if others and info['size']:
+        print(
+            f"note: the test's images have other sizes too, such as {others[0][0]} x "
+            f'{others[0][1]}: --dynamic takes all',
+            file=sys.stderr,
+        )
     print(f'{path}: {verdict.text}')
     print(f'takes  {description(info)}')
     print(f'gives  {", ".join(info["outputs"])}; {len(info["classes"])} class names inside')

@@ -16,6 +16,7 @@ The results of each task:
   detection       image_id, category_id, score, bbox [x, y, width, height], segmentation (RLE)
   segmentation    image_id, category_id, segmentation (RLE): one for each class present
   classification  image_id, category_ids, labels, scores: the five most likely classes
+  embedding       image_id, embedding: a list of numbers (docs/family.md)
   hand mesh       image_id, xyz, verts (metres, relative to the root joint), uv (pixels)
 COCO('D/NAME.images.json').loadRes('D/NAME.predictions.json') reads the first two.
 """
@@ -43,6 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--turntable', action='store_true', help='of a hand mesh, a GIF that turns, beside each'
     )
+    parser.add_argument(
+        '--cam',
+        type=int,
+        metavar='STAGE',
+        help='instead, draw where the prediction comes from: Grad-CAM over a stage, 0 to 3',
+    )
+    parser.add_argument(
+        '--cam-class', metavar='CLASS', help='name or number of the class (the predicted one)'
+    )
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
     args = parser.parse_args(argv)
 
@@ -60,10 +70,19 @@ def main(argv: list[str] | None = None) -> None:
     cfg = launch.load_config(args)
     if args.turntable and cfg.model.type != 'HandMesh':
         raise FastViTError('--turntable is for hand meshes: leave it out')
+    if args.cam is None and args.cam_class is not None:
+        raise FastViTError('--cam-class is for --cam: give a stage, such as --cam 3')
+    if args.cam is not None and (args.json or args.turntable):
+        raise FastViTError('--cam draws nothing else: leave out --json and --turntable')
     model = load(cfg, args.checkpoint, device, args.reparam)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        skipped = look(model, source, out, args.score_thr, args.json, args.turntable)
+        if args.cam is not None:
+            from fastvit_mm.evaluation import attention
+
+            skipped = attention.look(model, source, out, args.cam, args.cam_class)
+        else:
+            skipped = look(model, source, out, args.score_thr, args.json, args.turntable)
     except OSError as error:
         raise FastViTError(f'cannot write to {out}: {error}') from error
     if skipped:

@@ -16,10 +16,10 @@ def main(argv: list[str] | None = None) -> None:
     from fastvit_mm import launch
     from fastvit_mm.complexity import compare
     from fastvit_mm.errors import FastViTError
-    from fastvit_mm.export.inputs import size_of
+    from fastvit_mm.export.inputs import test_sizes
 
     if min(args.size or [32]) < 32:
         raise FastViTError('--size must be at least 32 32')
     cfg = launch.load_config(args)
-    size = tuple(args.size) if args.size else size_of(cfg)
-    print(compare(fastvit_mm.init_model(cfg), size))
+    model = fastvit_mm.init_model(cfg)
+    print(compare(model, tuple(args.size) if args.size else test_sizes(model, cfg)[0]))

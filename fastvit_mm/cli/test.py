@@ -7,22 +7,15 @@ from pathlib import Path
 
 from . import options
 
-# Settings of each package's visualization hook, to draw predictions.
-DRAW = {
-    'mmpretrain': lambda folder: dict(
-        type='VisualizationHook', enable=True, interval=1, out_dir=folder
-    ),
-    'mmdet': lambda folder: dict(type='DetVisualizationHook', draw=True, test_out_dir=folder),
-    'mmseg': lambda folder: dict(type='SegVisualizationHook', draw=True, interval=1),
-    'mmengine': lambda folder: dict(type='HandVisualizationHook', out_dir=folder),
-}
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = options.argument_parser('Test a checkpoint or an exported file.')
     parser.add_argument('checkpoint', help='weights in any layout, or an exported file')
     parser.add_argument('--reparam', action='store_true', help='test in the deploy form')
-    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument(
+        '--show-dir',
+        help='folder for tables and for pictures of truth and prediction, the worst images first',
+    )
     parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
     parser.add_argument(
@@ -45,11 +38,9 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError('exported files are already merged: leave out --reparam')
     if args.reparam:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]
-    if args.show_dir:
-        cfg.default_hooks.visualization = DRAW[cfg.default_scope](
-            str(Path(args.show_dir).resolve())
-        )
-        cfg.visualizer.save_dir = args.show_dir
+    show = Path(args.show_dir).resolve() if args.show_dir else None
+    report = dict(type='TestReportHook', out_dir=show and str(show), draw=show is not None)
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), report]
     out = Path(args.out) if args.out else None
     if out and out.suffix not in ('.pkl', '.json'):
         raise FastViTError(f'--out {out}: give FILE.pkl for predictions or FILE.json for metrics')

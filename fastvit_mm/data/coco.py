@@ -4,19 +4,25 @@ Importing it makes mmdet read annotations through :class:`SoundCOCO`: mmdet take
 the order of the file's categories, and the names from the config, so that names are swapped if the
 orders differ; it drops images with the same id and objects of unknown categories in silence. Its
 metrics evaluate through :class:`OrderedCOCOeval`, so that the AP of a class bears its name.
+pycocotools no longer prints what it is about to do.
 """
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 from mmdet.datasets import CocoDataset
-from mmdet.datasets.api_wrappers import COCO
+from mmdet.datasets.api_wrappers import COCO, cocoeval_mp
 from mmdet.evaluation.metrics import coco_metric, ov_coco_metric
 from mmengine.logging import print_log
 
 from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.noise import print_unknown
 
 from .problems import NOTE, SPOILS, STOPS, Problem, settle
 
@@ -237,7 +243,14 @@ class MetricCOCO(SoundCOCO):
 
 
 class InOrder:
-    """pycocotools sorts the classes by id; mmdet then names them by their places in the config."""
+    """pycocotools sorts the classes by id; mmdet then names them by their places in the config.
+
+    Attributes:
+        latest: average precision of each class in the config's order, 0 to 1, nan for a class
+            without objects; by what was compared, ``bbox`` or ``segm``, in the last evaluation.
+    """
+
+    latest: dict[str, np.ndarray] = {}
 
     def evaluate(self) -> None:
         self.asked = list(self.params.catIds)
@@ -249,6 +262,11 @@ class InOrder:
             places = [self.params.catIds.index(one) for one in self.asked]
             for key in ('precision', 'scores', 'recall'):  # (..., class, area, detections)
                 self.eval[key] = self.eval[key][..., places, :, :]
+            precision = self.eval['precision'][..., 0, -1]  # of all areas; (IoU, recall, class)
+            known = np.where(precision > -1, precision, np.nan).reshape(-1, len(places))
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', RuntimeWarning)  # a mean of nothing
+                self.latest[self.params.iouType] = np.nanmean(known, axis=0)
 
 
 class OrderedCOCOeval(InOrder, coco_metric.COCOeval):
@@ -263,3 +281,5 @@ CocoDataset.COCOAPI = SoundCOCO
 coco_metric.COCO = MetricCOCO
 for module in (coco_metric, ov_coco_metric):
     module.COCOeval, module.COCOevalMP = OrderedCOCOeval, OrderedCOCOevalMP
+for module in (pycocotools.coco, pycocotools.cocoeval, cocoeval_mp):
+    module.print = print_unknown

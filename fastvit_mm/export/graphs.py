@@ -107,6 +107,15 @@ class Classifier(Graph):
         return (logits.softmax(1) if self.names == ('probabilities',) else logits,)
 
 
+class Embedder(Graph):
+    """``embeddings``: (B, width), not normalized."""
+
+    choices = ('embeddings',)
+
+    def outputs(self, x):
+        return (self.run(x),)
+
+
 class Segmentor(Graph):
     """``logits`` (B, classes, H, W) at input size, or their best ``labels`` (B, H, W), int64."""
 
@@ -279,10 +288,44 @@ class Detector(Graph):
         return out
 
 
+class AveragePool(nn.Module):
+    """``nn.AdaptiveAvgPool2d`` as two matrix products, for images of any size and every runtime.
+
+    ONNX has no adaptive pooling: its writer unrolls the cells of the one size that it sees.
+
+    Args:
+        output_size: cells, or (height, width) in cells; None keeps that of the image.
+    """
+
+    def __init__(self, output_size):
+        super().__init__()
+        pair = output_size if isinstance(output_size, tuple | list) else (output_size,) * 2
+        self.cells = tuple(pair)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, cells in zip((-2, -1), self.cells, strict=True):
+            if cells is not None:
+                x = (x.transpose(axis, -1) @ means(x.shape[axis], cells, x)).transpose(axis, -1)
+        return x
+
+
+def means(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """(pixels, cells): what each of ``pixels`` in a row adds to the mean of each cell. Cells begin
+    and end at whole pixels and may share one, as PyTorch defines it."""
+    cell, pixel = (torch.arange(n, device=like.device) for n in (cells, pixels))
+    first = cell * pixels // cells
+    end = ((cell + 1) * pixels + cells - 1) // cells
+    inside = torch.logical_and(pixel[:, None] >= first, pixel[:, None] < end)
+    return inside.to(like.dtype) / (end - first).to(like.dtype)
+
+
 def plain_layers(model: nn.Module) -> nn.Module:
-    """PyTorch's own layers for OpenMMLab's, which read a size as a number or ask if it is 0."""
+    """Layers that a graph can hold: PyTorch's own for OpenMMLab's, which read a size as a number or
+    ask if it is 0, and ours for pooling to a grid."""
     plain = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.MaxPool2d)
     for name, module in list(model.named_modules()):
+        if type(module) is nn.AdaptiveAvgPool2d and module.output_size not in (1, (1, 1)):
+            model.set_submodule(name, AveragePool(module.output_size))
         if type(module).__module__.startswith('mmseg.') and type(module).__name__ == 'Upsample':
             args = (module.size, module.scale_factor, module.mode, module.align_corners)
             model.set_submodule(name, nn.Upsample(*args))
@@ -337,6 +380,8 @@ def kind_of(model: nn.Module) -> type[Graph]:
         return Detector
     if hasattr(model, 'decode_head'):
         return Segmentor
+    if getattr(getattr(model, 'head', None), 'class_names', None) == ():
+        return Embedder  # a zero-shot head without texts
     if isinstance(model, BaseModule) and hasattr(model, 'head'):
         return Classifier
     raise FastViTError(

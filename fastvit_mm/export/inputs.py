@@ -2,20 +2,27 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import mmcv
 import numpy as np
+import torch.nn as nn
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from fastvit_mm import data
+from fastvit_mm.data.reading import wrong_with
 from fastvit_mm.demo.scenes import make_scenes
+from fastvit_mm.settings.widths import type_of
 
 # For configs that do not give a test size: the paper's.
 SIZES = dict(mmpretrain=(256, 256), mmseg=(512, 512), mmdet=(800, 1344))
+LOOKED_AT = 16  # images of a test set, to learn its sizes
 
 
 def description(info: dict) -> str:
@@ -25,18 +32,44 @@ def description(info: dict) -> str:
     return f'float32 RGB, normalized, ({batch}, 3, {size[0]}, {size[1]})'
 
 
-def size_of(cfg: Config) -> tuple[int, int]:
-    """Height and width that the config's test pipeline produces, if it gives them."""
+def test_sizes(model: nn.Module, cfg: Config) -> list[tuple[int, int]]:
+    """Heights and widths that the network sees in the config's own test, the most frequent first.
+
+    They are those of the first images of the test set; without one, what the pipeline names.
+    """
+    if cfg.default_scope == 'mmseg' and model.test_cfg.mode == 'slide':
+        return [tuple(model.test_cfg.crop_size)]
+    paths = (path for path in real_files(cfg) if wrong_with(path) is None)
+    found = Counter(size_in_test(model, cfg, path) for path in islice(paths, LOOKED_AT))
+    return [size for size, _ in found.most_common()] or [named_size(cfg)]
+
+
+def size_in_test(model: nn.Module, cfg: Config, path: Path) -> tuple[int, int]:
+    """Height and width of an image when the network sees it."""
+    dataset = next(data.datasets_in(cfg.test_dataloader))
+    steps = [step for step in dataset.pipeline if not type_of(step).endswith('LoadAnnotations')]
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        packed = Compose(steps)(dict(img_path=str(path), img_id=0))
+    if cfg.default_scope == 'mmdet':  # its graph pads by itself
+        return tuple(packed['inputs'].shape[-2:])
+    return tuple(model.data_preprocessor(pseudo_collate([packed]), False)['inputs'].shape[-2:])
+
+
+def named_size(cfg: Config) -> tuple[int, int]:
+    """Height and width that the steps of the config's test pipeline name."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
-    size = None
+    size, keeps_ratio = None, False
     for step in dataset.get('pipeline', []):
         size = step.get('crop_size') or step.get('scale') or size
+        keeps_ratio = step.get('keep_ratio', keeps_ratio)
     if size is None:
         return SIZES[cfg.default_scope]
     if isinstance(size, int):
         return size, size
+    if not keeps_ratio:
+        return size[1], size[0]
     short, long = min(size), max(size)
-    if cfg.default_scope == 'mmdet':  # (long, short); most images are wide
+    if cfg.default_scope == 'mmdet':  # most images are wide
         return short, -(-long // 32) * 32
     return short, short
 

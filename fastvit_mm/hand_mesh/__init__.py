@@ -7,7 +7,6 @@ and metric; configs name it in ``custom_imports``.
 from .freihand import FreiHAND
 from .hand_model import HandLayer, HandModel, read_hand_model
 from .heads import FastViTFeatures, Hand, ManoHead, VertexHead
-from .inference import HandVisualizationHook
 from .metric import HandMeshMetric, align, evaluate
 from .model import HandMesh
 from .transforms import FitHand, HandSample, PackHand, RandomChannelNoise, RandomHandView
@@ -22,7 +21,6 @@ __all__ = [
     'HandMeshMetric',
     'HandModel',
     'HandSample',
-    'HandVisualizationHook',
     'ManoHead',
     'PackHand',
     'RandomChannelNoise',

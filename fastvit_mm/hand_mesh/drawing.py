@@ -1,11 +1,14 @@
 """Hands as pictures: triangles painted from far to near, on any machine."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 
 from fastvit_mm.errors import FastViTError
 
 SKIN = (140, 170, 225)  # BGR
+FINGERS = ((60, 60, 230), (40, 170, 240), (70, 190, 60), (220, 150, 40), (200, 60, 170))  # BGR
 LIGHT = np.array([-0.4, -0.6, -1.0])  # from above, from the left and from in front of the hand
 SHIFT = 4  # bits below a pixel
 FINE = 2  # times as fine when painted, for smooth edges
@@ -111,3 +114,21 @@ def write_gif(path, verts: np.ndarray, faces: np.ndarray, frames: int = 36) -> N
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=70, loop=0)
     except OSError as error:
         raise FastViTError(f'cannot write {path}: {error}') from error
+
+
+def draw_joints(image: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """The 21 joints of a hand, a colour a finger, each joined to the one before.
+
+    Args:
+        image: BGR uint8 (H, W, 3).
+        uv: (21, 2), pixels of it.
+    """
+    image, points = image.copy(), np.round(uv).astype(int).tolist()
+    for finger, colour in enumerate(FINGERS):
+        chain = [points[0], *points[1 + 4 * finger : 5 + 4 * finger]]
+        for start, end in pairwise(chain):
+            cv2.line(image, start, end, colour, 2, cv2.LINE_AA)
+        for point in chain[1:]:
+            cv2.circle(image, point, 4, colour, -1, cv2.LINE_AA)
+    cv2.circle(image, points[0], 5, (255, 255, 255), -1, cv2.LINE_AA)
+    return image

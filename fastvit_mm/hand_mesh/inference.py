@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import mmcv
 import numpy as np
 import torch
 import torch.nn as nn
@@ -10,14 +9,11 @@ from mmcv.transforms import Compose
 from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS, DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 
 from fastvit_mm.data.reading import bad, decode, wrong_with
-from fastvit_mm.reparameterize import unwrap
 from fastvit_mm.settings.widths import type_of
 
-from .drawing import draw_hand
 from .transforms import HandSample
 
 
@@ -27,7 +23,6 @@ def init_hand_mesh(config: Config, device: str = 'cpu') -> nn.Module:
         return MODELS.build(config.model).to(device)
 
 
-@torch.no_grad()
 def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
     """A hand in an image: ``pred_verts`` (778, 3) and ``pred_xyz`` (21, 3), metres, relative to the
     head's root joint; ``pred_uv`` (21, 2), pixels of the image given; ``faces`` (1538, 3).
@@ -38,13 +33,24 @@ def infer_hand(model: nn.Module, image: str | Path | np.ndarray) -> HandSample:
     Raises:
         FastViTError: a path of no image.
     """
+    return compute(model, [prepare(model, image)])[0]
+
+
+def prepare(model: nn.Module, image: str | Path | np.ndarray) -> dict:
+    """An image as the config's pipeline gives it."""
     if not isinstance(image, np.ndarray):
         image = read(image)
     steps = model.cfg.test_dataloader.dataset.pipeline
     with DefaultScope.overwrite_default_scope('mmengine'):
         pipeline = Compose([step for step in steps if type_of(step) != 'LoadImageFromFile'])
-    packed = pipeline(dict(img=image))
-    return in_original(model.test_step(pseudo_collate([packed]))[0], model.head.faces)
+    return pipeline(dict(img=image))
+
+
+@torch.no_grad()
+def compute(model: nn.Module, samples: list[dict]) -> list[HandSample]:
+    """The hands in prepared images of one size."""
+    found = model.test_step(pseudo_collate(samples))
+    return [in_original(one, model.head.faces) for one in found]
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -63,18 +69,3 @@ def in_original(sample: HandSample, faces: torch.Tensor) -> HandSample:
     sample.pred_uv = sample.pred_uv @ back[:2, :2].T + back[:2, 2]
     sample.faces = faces.cpu()
     return sample
-
-
-@HOOKS.register_module()
-class HandVisualizationHook(Hook):
-    """Draw every prediction of a test into ``out_dir``."""
-
-    def __init__(self, out_dir: str):
-        self.out_dir = Path(out_dir)
-
-    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        for sample in outputs:
-            name = Path(sample.img_path)
-            drawn = in_original(sample, unwrap(runner.model).head.faces)
-            picture = draw_hand(mmcv.imread(str(name)), drawn)
-            mmcv.imwrite(picture, str(self.out_dir / f'{name.stem}.jpg'))

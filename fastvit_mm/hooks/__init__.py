@@ -4,8 +4,10 @@ from .accumulate import AccumulateHook
 from .after_failure import AfterFailureHook
 from .finite_loss import FiniteLossHook
 from .reparameterize import ReparameterizeHook
+from .screen import ScreenHook
 from .stop_on_signal import StopOnSignalHook
 from .sync_statistics import SyncStatisticsHook
+from .test_report import TestReportHook
 from .whole_checkpoint import WholeCheckpointHook
 
 __all__ = [
@@ -13,7 +15,9 @@ __all__ = [
     'AfterFailureHook',
     'FiniteLossHook',
     'ReparameterizeHook',
+    'ScreenHook',
     'StopOnSignalHook',
     'SyncStatisticsHook',
+    'TestReportHook',
     'WholeCheckpointHook',
 ]

@@ -17,6 +17,7 @@ from mmengine.runner import BaseLoop, Runner
 
 from fastvit_mm.writing import whole
 
+from .screen import close
 from .sync_statistics import SyncStatisticsHook
 from .whole_checkpoint import WholeCheckpointHook
 
@@ -101,6 +102,7 @@ class StopOnSignalHook(Hook):
                 hook.average(runner)
         path = save(runner, epoch, iteration)
         if is_main_process():
+            close()  # the last line says how to resume
             say(
                 f'stopped by {signal.Signals(number).name} after iteration {iteration}, {path} is '
                 'written: repeat the command with --resume to continue'

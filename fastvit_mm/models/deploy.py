@@ -194,10 +194,16 @@ class DeployStem(nn.Sequential):
 
 
 class DeployAttention(Deployed):
-    """x plus multi-head self-attention over all positions, (B, C, H, W), C a multiple of 32."""
+    """x plus multi-head self-attention over all positions, (B, C, H, W), C a multiple of 32.
 
-    def __init__(self, qkv: nn.Linear, proj: nn.Linear, drop_path: nn.Module):
+    ``norm``, if there is one, normalizes the tokens before it.
+    """
+
+    def __init__(
+        self, qkv: nn.Linear, proj: nn.Linear, drop_path: nn.Module, norm: nn.Module | None = None
+    ):
         super().__init__()
+        self.norm = norm or nn.Identity()
         self.qkv = qkv
         self.proj = proj
         self.drop_path = drop_path
@@ -206,11 +212,12 @@ class DeployAttention(Deployed):
         B, C, H, W = x.shape
         tokens = x.flatten(2).transpose(1, 2)
         if onednn.takes(x, self.qkv, self.proj) and does_nothing(self.drop_path):
-            qkv = onednn.linear(tokens, self.qkv, self.weight_of('qkv'))
+            qkv = onednn.linear(self.norm(tokens), self.qkv, self.weight_of('qkv'))
             mixed = attend(qkv, scale=1.0)
             tokens = onednn.linear(mixed, self.proj, self.weight_of('proj'), add=tokens)
         else:
-            tokens = tokens + self.drop_path(self.proj(attend(self.qkv(tokens), scale=1.0)))
+            mixed = attend(self.qkv(self.norm(tokens)), scale=1.0)
+            tokens = tokens + self.drop_path(self.proj(mixed))
         return tokens.transpose(1, 2).reshape(B, C, H, W)
 
 

@@ -1,13 +1,15 @@
-"""FastViT (Vasu et al., ICCV 2023, https://arxiv.org/abs/2303.14189).
+"""FastViT (Vasu et al., ICCV 2023, https://arxiv.org/abs/2303.14189) and its relatives.
 
-Read it from the bottom: :class:`FastViT` stacks a stem and four stages of blocks. This is the
-training form; :mod:`.deploy` has the modules for inference. A variant is a row of
+Read it from the bottom: :class:`FastViT` stacks a stem and stages of blocks. This is the training
+form; :mod:`.deploy` has the modules for inference. A variant is a row of
 :data:`.archs.ARCHS`. Parameter names are timm's, so that timm's weights load without conversion.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from numbers import Real
 
@@ -43,6 +45,7 @@ from .rep_conv import (
     ConvBN,
     LayerScale,
     MobileOneBlock,
+    RepBlock,
     RepConv,
     bn_affine,
     build_bn,
@@ -57,10 +60,11 @@ class Stem(nn.Sequential):
     """To a quarter of the resolution, (B, C, H, W) to (B, C', H/4, W/4): dense 3x3, depthwise 3x3,
     pointwise."""
 
-    def __init__(self, in_channels, dim, **args):
+    def __init__(self, in_channels, dim, *, with_scale=True, **args):
+        strided = dict(kernel_size=3, stride=2, with_scale=with_scale)
         super().__init__(
-            MobileOneBlock(in_channels, dim, 3, stride=2, **args),
-            MobileOneBlock(dim, dim, 3, stride=2, groups=dim, **args),
+            MobileOneBlock(in_channels, dim, **strided, **args),
+            MobileOneBlock(dim, dim, groups=dim, **strided, **args),
             MobileOneBlock(dim, dim, 1, **args),
         )
 
@@ -88,21 +92,19 @@ class RepMixer(RepConv):
         return x + self.layer_scale(self.mixer(x) - self.norm(x))
 
 
-class LargeKernelConv(RepConv):
-    """Strided 7x7 plus 3x3, (B, C, H, W) to (B, C', H/2, W/2), no activation (section 3.2.2)."""
+class LargeKernelConv(RepBlock):
+    """Strided 7x7 plus 3x3, (B, C, H, W) to (B, C', H/2, W/2) (section 3.2.2); in MobileCLIP's
+    networks, squeeze-and-excite and an activation follow."""
 
-    def __init__(self, in_channels, out_channels, *, norm_cfg):
+    def __init__(self, in_channels, out_channels, *, se_reduction=None, norm_cfg, act_cfg=None):
         args = dict(stride=2, groups=in_channels)
         super().__init__(in_channels, out_channels, 7, **args)
         self.large_conv = ConvBN(in_channels, out_channels, 7, **args, norm_cfg=norm_cfg)
         self.small_conv = ConvBN(in_channels, out_channels, 3, **args, norm_cfg=norm_cfg)
+        self.add_se_and_act(se_reduction, act_cfg)
 
     def branches(self):
         return (1.0, self.large_conv), (1.0, self.small_conv)
-
-    @accelerated(sum_of_branches)
-    def forward(self, x: Tensor) -> Tensor:
-        return self.large_conv(x) + self.small_conv(x)
 
 
 class PositionalEncoding(RepConv):
@@ -120,18 +122,20 @@ class PositionalEncoding(RepConv):
         return x + self.pos_enc(x)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """Between stages: large-kernel convolution, then a pointwise MobileOne block."""
 
-    def __init__(self, in_channels, out_channels, *, norm_cfg, act_cfg):
-        super().__init__()
-        self.proj = nn.Sequential(
-            LargeKernelConv(in_channels, out_channels, norm_cfg=norm_cfg),
-            MobileOneBlock(out_channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg),
+    def __init__(self, in_channels, out_channels, *, with_se, with_act, norm_cfg, act_cfg):
+        large = LargeKernelConv(
+            in_channels,
+            out_channels,
+            se_reduction=4 if with_se else None,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg if with_act else None,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        args = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
+        pointwise = MobileOneBlock(out_channels, out_channels, 1, **args)
+        super().__init__(OrderedDict(proj=nn.Sequential(large, pointwise)))
 
 
 class ConvFFN(nn.Module):
@@ -148,6 +152,13 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(self.conv(x))))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -214,11 +225,11 @@ class RepMixerBlock(Block):
 
 
 class AttentionBlock(Block):
-    """BN and self-attention with a residual, then ConvFFN with a residual, (B, C, H, W)."""
+    """Norm and self-attention with a residual, then ConvFFN with a residual, (B, C, H, W)."""
 
-    def __init__(self, dim, hidden, layer_scale, drop_path, *, norm_cfg, act_cfg):
+    def __init__(self, dim, hidden, layer_scale, drop_path, *, norm, norm_cfg, act_cfg):
         super().__init__()
-        self.norm = build_bn(norm_cfg, dim)
+        self.norm = ChannelNorm(dim) if norm == 'LN' else build_bn(norm_cfg, dim)
         self.token_mixer = Attention(dim)
         self.layer_scale_1 = LayerScale(dim, layer_scale)
         self.mlp = ConvFFN(dim, hidden, norm_cfg=norm_cfg, act_cfg=act_cfg)
@@ -234,9 +245,11 @@ class AttentionBlock(Block):
         return self.feed_forward(x)
 
     def deployed_mixer(self) -> nn.Module:
-        """The preceding norm and the softmax scale go into qkv."""
-        attention = self.token_mixer
-        scale, shift = bn_affine(self.norm)
+        """The norm's scale and shift and the softmax scale go into qkv. Of a LayerNorm, the part
+        that depends on the input stays."""
+        attention, norm = self.token_mixer, self.norm
+        layer_norm = isinstance(norm, ChannelNorm)
+        scale, shift = map(exact, (norm.weight, norm.bias)) if layer_norm else bn_affine(norm)
         weight = exact(attention.qkv.weight)
         bias = weight @ shift
         weight = weight * scale
@@ -246,38 +259,33 @@ class AttentionBlock(Block):
         like = attention.qkv.weight
         qkv = nn.Linear(dim, 3 * dim, device=like.device, dtype=like.dtype)
         return DeployAttention(
-            refill(qkv, weight, bias), scaled(attention.proj, self.layer_scale_1), self.drop_path
+            refill(qkv, weight, bias),
+            scaled(attention.proj, self.layer_scale_1),
+            self.drop_path,
+            nn.LayerNorm(dim, norm.eps, elementwise_affine=False) if layer_norm else None,
         )
 
 
 class Stage(nn.Module):
     """Halve the resolution (not in stage 1), encode positions (attention only), apply the blocks.
 
-    (B, C, H, W) to (B, C', H', W').
+    (B, C, H, W) to (B, C', H', W'). ``settings`` are those of :func:`parse_arch`.
     """
 
-    def __init__(
-        self,
-        in_channels,
-        dim,
-        drop_paths,
-        *,
-        attention,
-        ffn_ratio,
-        layer_scale,
-        downsample,
-        with_cp,
-        **args,
-    ):
+    def __init__(self, index, settings, drop_paths, *, with_cp, **args):
         super().__init__()
         self.with_cp = with_cp
-        self.downsample = Downsample(in_channels, dim, **args) if downsample else nn.Identity()
-        self.pos_emb = PositionalEncoding(dim) if attention else nn.Identity()
-        block = AttentionBlock if attention else RepMixerBlock
-        hidden = int(dim * ffn_ratio)
-        self.blocks = nn.Sequential(
-            *[block(dim, hidden, layer_scale, p, **args) for p in drop_paths]
-        )
+        widths, block = settings['widths'], RepMixerBlock
+        dim, hidden = widths[index], int(widths[index] * settings['ffn_ratio'])
+        self.downsample, self.pos_emb = nn.Identity(), nn.Identity()
+        if index > 0:
+            se, act = settings['downsample_se'][index], settings['downsample_act']
+            self.downsample = Downsample(widths[index - 1], dim, with_se=se, with_act=act, **args)
+        if settings['attention'][index]:
+            self.pos_emb = PositionalEncoding(dim)
+            block = partial(AttentionBlock, norm=settings['attention_norm'])
+        scale = settings['layer_scale']
+        self.blocks = nn.Sequential(*[block(dim, hidden, scale, p, **args) for p in drop_paths])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_emb(self.downsample(x))
@@ -328,17 +336,19 @@ class FastViT(BaseModule):
     """FastViT as an OpenMMLab backbone: (B, in_channels, H, W) to a tuple of stage outputs.
 
     Output i of ``out_indices`` is (B, widths[i], H / (4 * 2**i), W / (4 * 2**i)), rounded up, from
-    the end of stage i. Input: RGB, any size from 32 up, normalized with ImageNet's statistics.
-    Stages after the last of ``out_indices`` are not built.
+    the end of stage i. Input: RGB, any size from 32 up, normalized as the weights expect
+    (ImageNet's statistics; MobileCLIP's differ, see docs/family.md). Stages after the last of
+    ``out_indices`` are not built.
 
     Args:
-        arch: t8, t12, s12, sa12, sa24, sa36, ma36, or a dict of settings (:func:`parse_arch`).
+        arch: t8, t12, s12, sa12, sa24, sa36, ma36; mci0 to mci4 (MobileCLIP's encoders), hd
+            (FastViTHD); or a dict of settings (:func:`parse_arch`).
         in_channels: channels of the input.
-        out_indices: stages whose outputs are returned, from 0 to 3.
-        feature_norm: add a BatchNorm to every output (``norm0`` to ``norm3``), as dense prediction
-            needs.
+        out_indices: stages whose outputs are returned, from 0 to 3; mci3, mci4 and hd have a fifth.
+        feature_norm: add a BatchNorm to every output (``norm0``, ``norm1``, ...), as dense
+            prediction needs.
         drop_path_rate: rate of the last block, in [0, 1); grows linearly from 0 over all blocks.
-        frozen_stages: -1 for none, 0 freezes the stem, i also the stages 0 to i - 1; at most 4.
+        frozen_stages: -1 for none, 0 freezes the stem, i also the stages 0 to i - 1.
         norm_eval: keep every BatchNorm in eval mode during training.
         with_cp: recompute the blocks in the backward pass, to save memory.
         deploy: build the deploy form (see :meth:`switch_to_deploy`).
@@ -352,6 +362,8 @@ class FastViT(BaseModule):
     Raises:
         FastViTError: an invalid argument, or an input smaller than 32 x 32.
     """
+
+    branchless = False  # and nobody has been warned of training it
 
     def __init__(
         self,
@@ -371,14 +383,17 @@ class FastViT(BaseModule):
     ):
         super().__init__(init_cfg)
         settings = parse_arch(arch)
-        several = isinstance(out_indices, Sequence)
+        several, stages = isinstance(out_indices, Sequence), range(len(settings['depths']))
         out_indices = tuple(out_indices) if several else (out_indices,)
-        if not out_indices or not all(type(i) is int and i in range(4) for i in out_indices):
-            raise FastViTError(f'out_indices {out_indices} out of range: choose from 0, 1, 2, 3')
+        if not out_indices or not all(type(i) is int and i in stages for i in out_indices):
+            choices = ', '.join(map(str, stages))
+            raise FastViTError(f'out_indices {out_indices} out of range: choose from {choices}')
         if any(i >= j for i, j in pairwise(out_indices)):
             raise FastViTError(f'out_indices {out_indices}: give each stage once, in order')
-        if type(frozen_stages) is not int or frozen_stages not in range(-1, 5):
-            raise FastViTError(f'frozen_stages {frozen_stages} out of range: choose from -1 to 4')
+        if type(frozen_stages) is not int or frozen_stages not in range(-1, len(stages) + 1):
+            raise FastViTError(
+                f'frozen_stages {frozen_stages} out of range: choose from -1 to {len(stages)}'
+            )
         if type(in_channels) is not int or in_channels < 1:
             raise FastViTError(f'in_channels {in_channels!r}: give a whole number from 1 up')
         if not isinstance(drop_path_rate, Real) or not 0 <= drop_path_rate < 1:
@@ -401,20 +416,10 @@ class FastViT(BaseModule):
 
         args = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         depths, widths = settings['depths'], settings['widths']
-        self.stem = Stem(in_channels, widths[0], **args)
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        self.stem = Stem(in_channels, widths[0], with_scale=settings['stem_scale'], **args)
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(list(depths))
         self.stages = nn.ModuleList(
-            Stage(
-                widths[max(i - 1, 0)],
-                widths[i],
-                drop_paths[i].tolist(),
-                attention=settings['attention'][i],
-                ffn_ratio=settings['ffn_ratio'],
-                layer_scale=settings['layer_scale'],
-                downsample=i > 0,
-                with_cp=with_cp,
-                **args,
-            )
+            Stage(i, settings, rates[i].tolist(), with_cp=with_cp, **args)
             for i in range(max(out_indices) + 1)
         )
         if feature_norm:
@@ -439,6 +444,8 @@ class FastViT(BaseModule):
                         nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.branchless and self.training and not torch.compiler.is_compiling():
+            self.warn_of_training()
         x = self.stem(checked(x, self.training))
         outs = []
         for i, stage in enumerate(self.stages):
@@ -457,6 +464,16 @@ class FastViT(BaseModule):
         """
         deploy_parts(self)
         self.freeze()
+        self.branchless = True
+
+    def warn_of_training(self) -> None:
+        self.branchless = False  # once is enough
+        if any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                'FastViT trains in its deploy form, without the branches and BatchNorms that '
+                'training needs: train first, call switch_to_deploy() afterwards',
+                stacklevel=5,
+            )
 
     def training_form(self) -> 'FastViT':
         """A new network of the same shape with all branches and without output norms."""

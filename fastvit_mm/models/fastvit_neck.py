@@ -1,5 +1,6 @@
 """The part of FastViT's classifier between the backbone and the linear layer."""
 
+import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -15,11 +16,15 @@ class FastViTNeck(BaseModule):
     """Depthwise 3x3 MobileOne block with squeeze-and-excite, then global average pooling.
 
     Takes the last of a tuple of (B, in_channels, H, W) and returns a tuple with one
-    (B, out_channels), for a linear head (section 3.2; SE reduction 1/16).
+    (B, out_channels), for a linear head (section 3.2; SE reduction 1/16), or with one
+    (B, projection), MobileCLIP's embeddings, not normalized.
 
     Args:
-        in_channels: width of the backbone's stage 4.
+        in_channels: width of the backbone's last stage.
         out_channels: a multiple of ``in_channels``; twice by default.
+        projection: width of MobileCLIP's embeddings, 512 (mci0 to mci2) or 768 (mci3, mci4): adds
+            a linear layer without bias. None for none.
+        frozen: keep the weights and statistics, as linear probing does.
         deploy: build the deploy form.
         fused_training: as in :class:`FastViT`.
     """
@@ -28,6 +33,8 @@ class FastViTNeck(BaseModule):
         self,
         in_channels: int,
         out_channels: int | None = None,
+        projection: int | None = None,
+        frozen: bool = False,
         deploy: bool = False,
         fused_training: bool = True,
         norm_cfg: dict = dict(type='BN'),
@@ -37,7 +44,11 @@ class FastViTNeck(BaseModule):
         super().__init__(init_cfg)
         out_channels = out_channels or 2 * in_channels
         self.network = dict(
-            in_channels=in_channels, out_channels=out_channels, norm_cfg=norm_cfg, act_cfg=act_cfg
+            in_channels=in_channels,
+            out_channels=out_channels,
+            projection=projection,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
         )
         self.final_conv = MobileOneBlock(
             in_channels,
@@ -48,13 +59,19 @@ class FastViTNeck(BaseModule):
             norm_cfg=norm_cfg,
             act_cfg=act_cfg,
         )
+        self.projection = nn.Identity()
+        if projection:
+            self.projection = nn.Linear(out_channels, projection, bias=False)
+            nn.init.trunc_normal_(self.projection.weight, std=0.02)
+        self.frozen = frozen
         set_fused(self, fused_training)
+        self.requires_grad_(not frozen)
         if deploy:
             self.switch_to_deploy()
 
     def forward(self, feats: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = self.final_conv(feats[-1])
-        return (F.adaptive_avg_pool2d(x, 1).flatten(1),)
+        return (self.projection(F.adaptive_avg_pool2d(x, 1).flatten(1)),)
 
     def training_form(self) -> 'FastViTNeck':
         """A new neck of the same shape with all branches."""
@@ -63,3 +80,7 @@ class FastViTNeck(BaseModule):
     def switch_to_deploy(self) -> None:
         """Merge the block's branches in place; calling it twice is harmless."""
         deploy_parts(self)
+        self.requires_grad_(not self.frozen)
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)

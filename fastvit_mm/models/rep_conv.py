@@ -175,53 +175,23 @@ def branch_modules(block: RepConv) -> list[nn.Module]:
     return [branch for _, branch in block.branches() if branch is not None]
 
 
-class MobileOneBlock(RepConv):
-    """[identity BN] + [1x1 scale conv + BN] + [k x k conv + BN], then SE, then activation.
-
-    The identity exists if input and output have the same shape, the scale if k > 1.
+class RepBlock(RepConv):
+    """A sum of branches, then squeeze-and-excite, then an activation.
 
     Args:
-        with_conv: False keeps only the identity (RepMixer's norm).
-        se_reduction: squeeze-and-excite with ``out_channels / se_reduction`` hidden channels.
+        se_reduction: squeeze-and-excite with ``out_channels / se_reduction`` hidden channels; None
+            for none.
         act_cfg: None for no activation.
     """
 
     expected = dict(se=nn.Identity, act=nn.Identity)  # as a branch of another block
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        groups=1,
-        *,
-        with_conv=True,
-        se_reduction=None,
-        norm_cfg,
-        act_cfg=None,
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, groups)
-        args = dict(stride=stride, groups=groups, norm_cfg=norm_cfg)
-        self.identity = self.conv_scale = self.conv_kxk = None
-        if in_channels == out_channels and stride == 1:
-            self.identity = build_bn(norm_cfg, out_channels)
-        if with_conv and kernel_size > 1:
-            self.conv_scale = ConvBN(in_channels, out_channels, 1, **args)
-        if with_conv:
-            # A list, as in the published weights, with a single branch.
-            self.conv_kxk = nn.ModuleList([ConvBN(in_channels, out_channels, kernel_size, **args)])
-        self.se = (
-            SqueezeExcitation(out_channels, out_channels // se_reduction)
-            if se_reduction
-            else nn.Identity()
-        )
+    def add_se_and_act(self, se_reduction: int | None, act_cfg: dict | None) -> None:
+        channels = self.geometry['out_channels']
+        self.se = nn.Identity()
+        if se_reduction:
+            self.se = SqueezeExcitation(channels, channels // se_reduction)
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
-
-    def branches(self):
-        for branch in (self.identity, self.conv_scale, *(self.conv_kxk or ())):
-            if branch is not None:
-                yield 1.0, branch
 
     @accelerated(sum_of_branches, over=branch_modules)
     def sum(self, x: Tensor) -> Tensor:
@@ -233,3 +203,46 @@ class MobileOneBlock(RepConv):
 
     def deployed(self) -> DeployConv:
         return DeployConv(super().deployed().reparam_conv, self.act, self.se)
+
+
+class MobileOneBlock(RepBlock):
+    """[identity BN] + [1x1 scale conv + BN] + [k x k conv + BN], then SE, then activation.
+
+    The identity exists if input and output have the same shape, the scale if k > 1.
+
+    Args:
+        with_conv: False keeps only the identity (RepMixer's norm).
+        with_scale: False leaves out the scale.
+        se_reduction, act_cfg: see :class:`RepBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        groups=1,
+        *,
+        with_conv=True,
+        with_scale=True,
+        se_reduction=None,
+        norm_cfg,
+        act_cfg=None,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups)
+        args = dict(stride=stride, groups=groups, norm_cfg=norm_cfg)
+        self.identity = self.conv_scale = self.conv_kxk = None
+        if in_channels == out_channels and stride == 1:
+            self.identity = build_bn(norm_cfg, out_channels)
+        if with_conv and with_scale and kernel_size > 1:
+            self.conv_scale = ConvBN(in_channels, out_channels, 1, **args)
+        if with_conv:
+            # A list, as in the published weights, with a single branch.
+            self.conv_kxk = nn.ModuleList([ConvBN(in_channels, out_channels, kernel_size, **args)])
+        self.add_se_and_act(se_reduction, act_cfg)
+
+    def branches(self):
+        for branch in (self.identity, self.conv_scale, *(self.conv_kxk or ())):
+            if branch is not None:
+                yield 1.0, branch

@@ -1,12 +1,18 @@
-"""Predicting and drawing, image by image."""
+"""Predicting images, and drawing them beside it."""
 
 import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.structures import PixelData
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -15,6 +21,7 @@ from fastvit_mm import pictures
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.running.device import use
 
+from .beside import Beside, ahead, number_of_processes
 from .results import results, write_json
 from .sources import Stills, Video
 
@@ -37,6 +44,20 @@ def predict(model: torch.nn.Module, image: np.ndarray | None):
     except cv2.error as error:  # the config's resizing leaves no pixels
         height, width = image.shape[:2]
         raise FastViTError(f'{width} x {height} pixels are too narrow') from error
+
+
+def predictions(model: torch.nn.Module, images: list[np.ndarray | None]) -> list:
+    """A prediction for each image, or the FastViTError that says what is wrong with it."""
+    with suppress(cv2.error):
+        if len(images) > 1 and all(image is not None for image in images):
+            return fastvit_mm.inference(model, images, len(images))
+    found = []
+    for image in images:
+        try:
+            found.append(predict(model, image))
+        except FastViTError as error:
+            found.append(error)
+    return found
 
 
 def above(result, threshold: float):
@@ -63,6 +84,72 @@ def progress_bar(total: int) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=total == 1)
 
 
+def light(result):
+    """What drawing and JSON need of a prediction, on the CPU; without the scores of each pixel."""
+    if isinstance(result, dict):
+        return result
+    if 'pred_sem_seg' in result:
+        labels = result.pred_sem_seg.data.cpu().to(torch.int16)
+        return type(result)(pred_sem_seg=PixelData(data=labels))
+    return result.cpu()
+
+
+@dataclass
+class Picture:
+    """Draws a prediction, writes the picture unless that has to wait for others, and gives the
+    picture, if so, and the JSON records."""
+
+    source: Stills | Video
+    out: Path
+    meta: dict
+    coco: bool
+    turntable: bool
+
+    def __call__(self, index: int, known: dict, image: np.ndarray, result) -> tuple:
+        picture = pictures.draw(image, result, self.meta, self.source.same_size)
+        if not self.source.in_order:
+            self.source.write(known, picture)
+        if self.turntable:
+            write_turntable(self.out, known, result)
+        records = results(result, self.meta, index) if self.coco else []
+        return picture if self.source.in_order else None, records
+
+
+def name_of(known: dict) -> str:
+    frame = f', frame {known["frame_index"]}' if 'frame_index' in known else ''
+    return known['file_name'] + frame
+
+
+class Report:
+    """What became of the images, in their order."""
+
+    def __init__(self, source: Stills | Video, bar: Progress):
+        self.source, self.bar = source, bar
+        self.images, self.found, self.skipped = [], [], 0
+        self.begin = time.perf_counter()
+        self.task = bar.add_task('', total=len(source) or None, rate='')
+
+    def add(self, index: int, known: dict, shape: tuple, drawn: Future | FastViTError) -> None:
+        """Wait for the picture, and note it."""
+        try:
+            if isinstance(drawn, FastViTError):
+                raise drawn
+            picture, records = Beside.result(name_of(known), drawn)
+            if picture is not None:
+                self.source.write(known, picture)
+        except FastViTError as error:
+            self.skipped += 1
+            self.bar.console.print(f'{name_of(known)}: {error}, skipped')
+        else:
+            height, width = shape[:2]
+            self.images.append(dict(id=index, **known, height=height, width=width))
+            self.found += records
+        self.bar.update(self.task, completed=index, rate=f'{self.rate(index):.1f} images/s')
+
+    def rate(self, number: int) -> float:
+        return number / (time.perf_counter() - self.begin)
+
+
 def look(
     model: torch.nn.Module,
     source: Stills | Video,
@@ -70,38 +157,43 @@ def look(
     threshold: float,
     coco: bool,
     turntable: bool = False,
+    batch_size: int = 1,
 ) -> int:
     """Draw every image of ``source``; finished ones are kept if it is interrupted.
+
+    The next images are read, and the last ones drawn, while the network computes.
+
+    Args:
+        batch_size: images that are computed together, if they have the same size.
 
     Returns:
         The number of images that could not be used.
     """
     meta = getattr(model, 'dataset_meta', None) or {}
-    images, found, skipped = [], [], 0
-    begin = time.perf_counter()
-    with progress_bar(len(source)) as bar:
-        task = bar.add_task('', total=len(source) or None, rate='')
+    draw = Picture(source, out, meta, coco, turntable)
+    processes = number_of_processes() if len(source) != 1 else 0
+    with Beside(draw, processes) as drawing, progress_bar(len(source)) as bar:
+        report, waiting = Report(source, bar), deque()
         try:
-            for index, (known, image) in enumerate(source, 1):
-                try:
-                    result = above(predict(model, image), threshold)
-                    source.write(known, pictures.draw(image, result, meta, source.same_size))
-                    if turntable:
-                        write_turntable(out, known, result)
-                except FastViTError as error:
-                    skipped += 1
-                    where = f', frame {known["frame_index"]}' if 'frame_index' in known else ''
-                    bar.console.print(f'{known["file_name"]}{where}: {error}, skipped')
-                else:
-                    height, width = image.shape[:2]
-                    images.append(dict(id=index, **known, height=height, width=width))
-                    found += results(result, meta, index)
-                rate = f'{index / (time.perf_counter() - begin):.1f} images/s'
-                bar.update(task, completed=index, rate=rate)
+            try:
+                images = enumerate(ahead(source) if processes else source, 1)
+                while batch := list(islice(images, batch_size)):
+                    predicted = predictions(model, [image for _, (_, image) in batch])
+                    for (index, (known, image)), result in zip(batch, predicted, strict=True):
+                        shape, drawn = getattr(image, 'shape', ()), result
+                        if not isinstance(result, FastViTError):
+                            result = light(above(result, threshold))
+                            drawn = drawing.submit(name_of(known), index, known, image, result)
+                        waiting.append((index, known, shape, drawn))
+                    while len(waiting) > 2 * processes:
+                        report.add(*waiting.popleft())
+            finally:
+                while waiting:
+                    report.add(*waiting.popleft())
         finally:
             source.close()
             if coco:
-                write_json(out, source.name, images, found, meta)
-    seconds = time.perf_counter() - begin
-    print(f'{len(images)} drawn in {out}, {len(images) / seconds:.1f} images/s, {skipped} skipped')
-    return skipped
+                write_json(out, source.name, report.images, report.found, meta)
+    number = len(report.images)
+    print(f'{number} drawn in {out}, {report.rate(number):.1f} images/s, {report.skipped} skipped')
+    return report.skipped

@@ -20,6 +20,8 @@ def results(result, meta: dict, image_id: int) -> list[dict]:
     if 'pred_verts' in result:
         names = ('pred_xyz', 'pred_verts', 'pred_uv')
         return [dict(image_id=image_id, **{n[5:]: result.get(n).tolist() for n in names})]
+    if 'embedding' in result:
+        return [dict(image_id=image_id, embedding=result['embedding'].tolist())]
     if isinstance(result, dict):
         best = pictures.likeliest(result)
         labels = [pictures.class_name(meta, label) for label in best]

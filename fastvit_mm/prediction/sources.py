@@ -26,7 +26,7 @@ def is_image(path: Path) -> bool:
 class Stills:
     """Images of a folder, a file or standard input, and the pictures made of them."""
 
-    same_size = False
+    same_size = in_order = False
 
     def __init__(self, source: str, out: Path):
         root = Path(source)
@@ -63,7 +63,7 @@ class Stills:
 class Video:
     """The frames of a video, and the video made of them."""
 
-    same_size = True
+    same_size = in_order = True
 
     def __init__(self, source: str, out: Path):
         self.capture = cv2.VideoCapture(source)

@@ -20,7 +20,7 @@ def check_widths(model: dict) -> None:
         raise FastViTError(f'model.backbone.arch: {error}') from error
     stages = backbone.get('out_indices', (0, 1, 2, 3))
     stages = list(stages) if isinstance(stages, list | tuple) else [stages]
-    if not all(type(i) is int and i in range(4) for i in stages):
+    if not all(type(i) is int and i in range(len(widths)) for i in stages):
         return  # the backbone says what is wrong
     given = [widths[i] for i in stages]
     name = arch if isinstance(arch, str) else 'this arch'
@@ -31,6 +31,7 @@ def check_widths(model: dict) -> None:
         head = model.get('head')
         if type_of(head) in ('LinearClsHead', 'ManoHead'):
             wide = neck.get('out_channels') or 2 * neck['in_channels']
+            wide = neck.get('projection') or wide
             compare('model.head', head, wide, 'the neck')
 
 

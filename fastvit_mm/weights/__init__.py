@@ -1,8 +1,8 @@
 """Weights from files: read without running code, recognized by their keys, loaded strictly.
 
 There are four layouts of FastViT's weights: the authors', timm's, ours, and whole OpenMMLab models
-with a FastViT backbone. All are converted to the names of the last (``backbone.*``, ``neck.*``,
-``head.*``).
+with a FastViT backbone; the first two also within a larger model, as its image encoder. All are
+converted to the names of the last (``backbone.*``, ``neck.*``, ``head.*``).
 """
 
 from .engine import install

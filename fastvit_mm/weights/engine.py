@@ -20,7 +20,8 @@ lenient_load = mmengine_checkpoint.load_checkpoint
 def initialize(self: PretrainedInit, module: nn.Module) -> None:
     """What ``init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)`` does to ``module``."""
     if has_fastvit(module):
-        load(module, self.checkpoint, prefix=self.prefix)
+        # A runner has built its optimizer by now: the parameters must stay.
+        load(module, self.checkpoint, prefix=self.prefix, switch=False)
     else:
         lenient(self, module)
 

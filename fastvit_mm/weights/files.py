@@ -3,8 +3,10 @@
 import argparse
 import hashlib
 import io
+import json
 import pickle
 import re
+from collections.abc import Callable, Collection
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
@@ -19,17 +21,25 @@ from torch import Tensor
 
 from fastvit_mm.errors import FastViTError, one_line
 from fastvit_mm.finite import all_finite
-from fastvit_mm.models import ARCHS
+from fastvit_mm.models.archs import ENCODERS, FASTVITS
 from fastvit_mm.writing import whole
 
+from .encoders import say_licence
 from .states import State, first
 from .unfolding import refuse_unfolding
 
-PUBLISHED = (
-    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/'
-    'image_classification_{kind}/fastvit_{arch}.pth.tar'
-)
-KINDS = {'apple_in1k': 'models', 'apple_dist_in1k': 'distilled_models'}
+APPLE = 'https://docs-assets.developer.apple.com/ml-research/'
+FASTVIT = f'{APPLE}models/fastvit/image_classification_'
+HUB = 'https://huggingface.co/timm/fastvit_{}.apple_mclip2_dfndr2b/resolve/main/model.safetensors'
+#: Addresses by short name: fastvit_<arch>.<kind>
+PUBLISHED = {
+    'apple_in1k': {a: f'{FASTVIT}models/fastvit_{a}.pth.tar' for a in FASTVITS},
+    'apple_dist_in1k': {a: f'{FASTVIT}distilled_models/fastvit_{a}.pth.tar' for a in FASTVITS},
+    'apple_mclip': {f'mci{i}': f'{APPLE}datasets/mobileclip/mobileclip_s{i}.pt' for i in range(3)},
+    'apple_mclip2_dfndr2b': {f'mci{i}': HUB.format(f'mci{i}') for i in (0, 2, 3, 4)},
+}
+INDEX = '.safetensors.index.json'
+Select = Callable[[Collection[str], Path | str], list[str]]
 
 
 def find(source: str | Path) -> Path | str:
@@ -48,22 +58,32 @@ def find(source: str | Path) -> Path | str:
     """
     source = str(source)
     short = re.fullmatch(r'fastvit_(\w+)\.(\w+)', source)
-    if short and short[1] in ARCHS and short[2] in KINDS:
-        address = PUBLISHED.format(arch=short[1], kind=KINDS[short[2]])
+    if short and (address := PUBLISHED.get(short[2], {}).get(short[1])):
+        if short[1] in ENCODERS:
+            say_licence()
         # The distilled files have the same names as the plain ones: keep them apart.
-        return fetch(address, f'{source}.pth.tar')
+        suffix = re.search(r'(\.pth\.tar|\.\w+)$', address)[1]
+        return fetch(address, f'{source}{suffix}')
     if source.startswith(('http://', 'https://')):
         return fetch(source, cached_name(source))
     if '://' in source:
         backend_of(source)
         return source
     path = Path(source).expanduser()
+    if path.is_dir() and (inside := weights_in(path)):
+        return inside
     if not path.is_file():
-        names = f'fastvit_<{"|".join(ARCHS)}>.<{"|".join(KINDS)}>'
+        names = ', '.join(f'fastvit_<{"|".join(archs)}>.{k}' for k, archs in PUBLISHED.items())
         raise FastViTError(
             f'checkpoint {source!r} does not exist: give a file, a URL or a name {names}'
         )
     return path
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The index of a folder with .safetensors in parts, or its only .safetensors."""
+    found = sorted(folder.glob(f'*{INDEX}')) or sorted(folder.glob('*.safetensors'))
+    return found[0] if len(found) == 1 else None
 
 
 def cached_name(address: str) -> str:
@@ -137,12 +157,14 @@ def statistic_of(owner: type, name: str):
     return getattr(owner, name)
 
 
-def read(source: str | Path, map_location='cpu') -> dict:
+def read(source: str | Path, map_location='cpu', select: Select | None = None) -> dict:
     """The contents of a checkpoint file; no code in it runs, neither now nor later in mmengine.
 
     Args:
-        source: see :func:`find`; PyTorch's format or ``.safetensors``.
+        source: see :func:`find`; PyTorch's format, ``.safetensors``, or the index of one in parts.
         map_location: as for ``torch.load``; ``.safetensors`` are read to the CPU.
+        select: ``select(names, source)`` gives the names of the tensors to read from
+            ``.safetensors``; None for all.
 
     Raises:
         FastViTError: the file is damaged, contains types that are not plain data, or unfolds to
@@ -150,8 +172,10 @@ def read(source: str | Path, map_location='cpu') -> dict:
     """
     place = find(source)
     file = place if isinstance(place, Path) else content_of(place)
+    if str(place).endswith(INDEX):
+        return read_parts(place, select)
     if str(place).endswith('.safetensors'):
-        return read_safetensors(file, place)
+        return read_safetensors(file, place, select)
     refuse_unfolding(file, place)
     try:
         with torch.serialization.safe_globals(harmless_types()):
@@ -186,16 +210,46 @@ def content_of(address: str) -> io.BytesIO:
     return io.BytesIO(content)
 
 
-def read_safetensors(file: Path | io.BytesIO, place: Path | str) -> State:
+def read_safetensors(
+    file: Path | io.BytesIO, place: Path | str, select: Select | None = None
+) -> State:
+    """The tensors that ``select`` wants; only they take memory, if ``file`` is a path."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load, load_file
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load
     except ImportError as error:
         raise FastViTError(f'{place} needs safetensors: pip install safetensors') from error
     try:
-        return load_file(file) if isinstance(file, Path) else load(file.getvalue())
+        if not isinstance(file, Path):
+            return load(file.getvalue())
+        with safe_open(file, 'pt') as tensors:
+            names = tensors.keys()
+            return {n: tensors.get_tensor(n) for n in (select(names, place) if select else names)}
     except (SafetensorError, OSError) as error:
         raise FastViTError(f'{place} is truncated or not a safetensors file: {error}') from error
+
+
+def read_parts(index: Path | str, select: Select | None = None) -> State:
+    """The tensors of a ``.safetensors`` in parts, one part after the other.
+
+    Raises:
+        FastViTError: the index is damaged or not a local file, or a part is missing.
+    """
+    if not isinstance(index, Path):
+        raise FastViTError(f'{index} lists files in parts: download its whole folder first')
+    try:
+        parts = json.loads(index.read_text())['weight_map']
+        names = select(parts.keys(), index) if select else list(parts)
+        wanted = {file: [n for n in names if parts[n] == file] for file in map(parts.get, names)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastViTError(f'{index} is not an index of .safetensors files: {error}') from error
+    state = {}
+    for name, inside in wanted.items():
+        part = index.with_name(Path(str(name)).name)
+        if not part.is_file():
+            raise FastViTError(f'{index} lists {name}, which is not in its folder: download it')
+        state |= read_safetensors(part, part, lambda _, __, inside=inside: inside)
+    return state
 
 
 def state_dict_of(checkpoint: dict, source) -> State:

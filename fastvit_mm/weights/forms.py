@@ -81,10 +81,14 @@ def convert(checkpoint_state: State, layout: str, deploy: bool, source='the file
         raise FastViTError(f'{source} has {describe(backbone)}: expected a whole one')
     # Any weight of the stem's first convolution gives the number of input channels.
     stem = next(v for k, v in backbone.items() if k.startswith('stem.0.') and v.ndim == 4)
-    modules = {'backbone.': FastViT(arch, in_channels=stem.shape[1])}
+    every = tuple(range(len(arch['depths'])))
+    modules = {'backbone.': FastViT(arch, stem.shape[1], every)}
     if any(k.startswith('final_conv.') for k in neck):
         width = neck['final_conv.se.fc2.bias'].numel()
-        modules['neck.'] = FastViTNeck(arch['widths'][3], width)
+        projection = neck.get('projection.weight')
+        modules['neck.'] = FastViTNeck(
+            arch['widths'][-1], width, None if projection is None else len(projection)
+        )
     for start, module in modules.items():
         part = parts[start]
         target = twin_of(module, part).state_dict()

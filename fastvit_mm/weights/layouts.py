@@ -9,11 +9,12 @@ from collections.abc import Iterable
 
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.models import ARCHS
-from fastvit_mm.models.archs import parse_arch
+from fastvit_mm.models.archs import ENCODERS, parse_arch, title
 
+from .encoders import encoder_of, say_licence
 from .states import State, first, starting_with
 
-# The authors' words and timm's, each one or more whole parts of a dotted name.
+# The authors' words and timm's, each one or more whole parts of a dotted name, longer ones first.
 AUTHORS_TO_TIMM = {
     'patch_embed': 'stem',
     'rbr_conv': 'conv_kxk',
@@ -23,11 +24,11 @@ AUTHORS_TO_TIMM = {
     'proj.0.lkb_reparam': 'proj.0.reparam_conv',
     'pe': 'pos_enc',
     'convffn': 'mlp',
-    'se.reduce': 'se.fc1',
-    'se.expand': 'se.fc2',
     'layer_scale': 'layer_scale.gamma',
     'layer_scale_1': 'layer_scale_1.gamma',
     'layer_scale_2': 'layer_scale_2.gamma',
+    'conv_exp.se.reduce': 'final_conv.se.fc1',
+    'conv_exp.se.expand': 'final_conv.se.fc2',
     'conv_exp': 'final_conv',
     'head.weight': 'head.fc.weight',
     'head.bias': 'head.fc.bias',
@@ -125,6 +126,8 @@ def to_mm(state: State, source='the file') -> State:
     Raises:
         FastViTError: there is no FastViT in it, or more than one.
     """
+    encoder = encoder_of(state, source)
+    inside, state = encoder is not state, encoder
     layout = recognize(state)
     if layout is None:
         return only_model(state, source)
@@ -132,52 +135,118 @@ def to_mm(state: State, source='the file') -> State:
         return state
     if layout == 'apple':
         state = authors_to_timm(state)
+    state = with_projection(state, inside)
 
     def place(key: str) -> str:
-        if key.startswith('final_conv.'):
+        if key.startswith(('final_conv.', 'projection.')):
             return f'neck.{key}'
         return key if key.startswith('head.') else f'backbone.{key}'
 
     return {place(k): v for k, v in state.items()}
 
 
+def with_projection(state: State, inside: bool) -> State:
+    """The head of a CLIP encoder under the name it has in :class:`FastViTNeck`, ``projection``.
+
+    MobileCLIP has it transposed. timm has a classifier without bias, or with one of zeros.
+
+    Args:
+        inside: whether the weights are from a file with a text tower.
+    """
+    state = dict(state)
+    if 'head.proj' in state:
+        state['projection.weight'] = state.pop('head.proj').T.contiguous()
+    elif 'head.fc.weight' in state and (inside or set(candidates(state)) & set(ENCODERS)):
+        bias = state.get('head.fc.bias')
+        if bias is None or not bias.any():
+            state.pop('head.fc.bias', None)
+            state['projection.weight'] = state.pop('head.fc.weight')
+            say_licence()
+    return state
+
+
+def without_projection(state: State, layout: str) -> State:
+    """The inverse of :func:`with_projection`."""
+    state = dict(state)
+    if (weight := state.pop('projection.weight', None)) is not None:
+        if layout == 'apple':
+            state['head.proj'] = weight.T.contiguous()
+        else:
+            state['head.fc.weight'] = weight
+            state['head.fc.bias'] = weight.new_zeros(len(weight))
+    return state
+
+
 # OpenMMLab's names of parts that the classifiers of timm and the authors also have.
-SHARED = re.compile(r'backbone\.(?=stem\.|stages\.)|neck\.(?=final_conv\.)|(?=head\.fc\.)')
+SHARED = re.compile(
+    r'backbone\.(?=stem\.|stages\.)|neck\.(?=final_conv\.|projection\.)|(?=head\.fc\.)'
+)
 
 
 def from_mm(state: State, layout: str) -> State:
     """Convert OpenMMLab's names to ``layout``, 'timm' or 'apple'; only :data:`SHARED` parts."""
     state = {k[m.end() :]: v for k, v in state.items() if (m := SHARED.match(k))}
+    state = without_projection(state, layout)
     return timm_to_authors(state) if layout == 'apple' else state
 
 
 def arch_of(state: State) -> dict:
-    """Settings (:func:`parse_arch`) of the FastViT in a backbone's state dict, in either form.
+    """Settings (:func:`parse_arch`) of the FastViT in a backbone's state dict, in any form.
 
-    Missing stages have depth 0; the initial value of the layer scale is unknown.
+    Missing stages have depth 0. The initial value of the layer scale and the activation after the
+    large-kernel convolution are unknown; what a deploy form no longer shows is left out.
     """
-    depths, widths, attention = [0] * 4, [0] * 4, [0] * 4
-    ffn_ratio = 0
-    for key, value in state.items():
-        if not (found := re.match(r'stages\.([0-3])\.blocks\.(\d+)\.(.*)', key)):
+    found = [m for k in state if (m := re.match(r'stages\.([0-4])\.(.*)', k))]
+    count = max([4, *(int(m[1]) + 1 for m in found)])
+    depths, widths, attention, se = ([0] * count for _ in range(4))
+    norms, ffn_ratio = set(), 0
+    for key, stage, rest in ((m[0], int(m[1]), m[2]) for m in found):
+        se[stage] |= rest.startswith('downsample.proj.0.se.')
+        if not (block := re.match(r'blocks\.(\d+)\.(.*)', rest)):
             continue
-        stage, block, rest = int(found[1]), int(found[2]), found[3]
-        depths[stage] = max(depths[stage], block + 1)
-        attention[stage] |= rest.startswith('token_mixer.qkv')
-        if rest == 'mlp.fc2.weight':
+        depths[stage] = max(depths[stage], int(block[1]) + 1)
+        attention[stage] |= block[2].startswith('token_mixer.qkv')
+        if block[2] == 'norm.weight':
+            norms.add('BN' if key.replace('weight', 'running_mean') in state else 'LN')
+        if block[2] == 'mlp.fc2.weight':
+            value = state[key]
             widths[stage], ffn_ratio = value.shape[0], value.shape[1] / value.shape[0]
-    return dict(
+    arch = dict(
         depths=tuple(depths),
         widths=tuple(widths),
         attention=tuple(attention),
         ffn_ratio=ffn_ratio,
+        downsample_se=tuple(map(int, se)),
     )
+    if len(norms) == 1:
+        arch['attention_norm'] = norms.pop()
+    if 'stem.0.conv_kxk.0.conv.weight' in state:
+        arch['stem_scale'] = 'stem.0.conv_scale.conv.weight' in state
+    return arch
+
+
+def candidates(state: State) -> list[str]:
+    """The rows of :data:`ARCHS` whose stages are those in a backbone's state dict."""
+    arch = arch_of(state)
+    present = [i for i, depth in enumerate(arch['depths']) if depth]
+
+    def fits(row: dict) -> bool:
+        if max(present, default=-1) >= len(row['depths']):
+            return False
+        return all(
+            all(row[k][i] == v[i] for i in present) if isinstance(v, tuple) else row[k] == v
+            for k, v in arch.items()
+        )
+
+    return [name for name in ARCHS if fits(parse_arch(name))]
 
 
 def describe(state: State) -> str:
     """The FastViT in a backbone's state dict, for messages: 'FastViT-SA12'."""
     arch = arch_of(state)
-    for name in ARCHS:
-        if parse_arch(name) == {**parse_arch(name), **arch}:
-            return f'FastViT-{name.upper()}'
+    names = [
+        n for n in candidates(state) if len(ARCHS[n]['depths']) == sum(map(bool, arch['depths']))
+    ]
+    if names:
+        return ' or '.join(map(title, names))
     return f'a FastViT with depths {list(arch["depths"])} and widths {list(arch["widths"])}'

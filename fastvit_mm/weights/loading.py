@@ -3,17 +3,25 @@
 import re
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.models import FastViT, FastViTNeck
+from fastvit_mm.models.archs import parse_arch, title
 from fastvit_mm.reparameterize import unwrap
 
+from .encoders import encoder_of, only_encoder
 from .files import read, state_dict_of
 from .forms import merge_state
-from .layouts import describe, holds, part_of, to_mm
+from .layouts import candidates, describe, holds, part_of, recognize, to_mm
 from .states import State, differences, first, incompatible, starting_with, without
+
+BRANCHLESS = (
+    'FastViTHD is published without its branches, so the model is in the deploy form; it can be '
+    'trained further, without branches'
+)
 
 
 def place(state: State, backbone: str) -> State:
@@ -34,23 +42,25 @@ def place_all(state: State, backbones: list[str], source) -> State:
     return {k: v for b in backbones for k, v in place(state, b).items()}
 
 
-def fit(model: nn.Module, state: State, source, whole: bool) -> State:
+def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> State:
     """``state``, of any layout, in the names and form of ``model``, with its keys only."""
+    published = is_published(state)
     own = {n: m for n, m in model.named_modules() if isinstance(m, FastViT | FastViTNeck)}
     own = {f'{n}.' if n else '': m for n, m in own.items()}
     backbones = [n for n, m in own.items() if isinstance(m, FastViT)]
     state = place_all(state, backbones, source)
-    found, wanted = [], []
+    found, wanted, parts = [], [], {}
     for prefix in backbones:
-        built = len(own[prefix].stages)
-        unbuilt = tuple(f'{prefix}stages.{i}.' for i in range(built, 4))
+        built, count = len(own[prefix].stages), len(own[prefix].settings['depths'])
+        parts[prefix] = starting_with(state, prefix)
+        unbuilt = tuple(f'{prefix}stages.{i}.' for i in range(built, count))
         wanted.append(describe(own[prefix].state_dict()))
-        known = built == 4 and holds(state, [prefix])
+        known = built == count and holds(state, [prefix])
         found.append(describe(starting_with(state, prefix)) if known else wanted[-1])
         state = {k: v for k, v in state.items() if not unbuilt or not k.startswith(unbuilt)}
 
+    state = in_form(state, own, source, switch)
     target = model.state_dict()
-    state = in_form(state, target, own, source)
     missing, unexpected = incompatible(target, state)
     if not whole:
         # A backbone's file, or another task's, has nothing for a classifier's neck.
@@ -61,30 +71,85 @@ def fit(model: nn.Module, state: State, source, whole: bool) -> State:
         required = {k for k in target if k.startswith(starts) and not norm.match(k)}
         fresh = missing - required
         foreign = {k for k in unexpected if not k.startswith(starts) or norm.match(k) or k in fresh}
+        # Only embeddings need the projection.
+        foreign |= {k for k in unexpected - set(target) if k.endswith('neck.projection.weight')}
         missing, unexpected = missing & required, unexpected - foreign
         state = without(state, foreign)
         if fresh:
             print_log(f'{source}: not in the file, so newly initialized: {first(fresh)}', 'current')
     if missing or unexpected:
         raise FastViTError(mismatch(source, found, wanted, missing, unexpected, state, target))
+    for prefix, part in parts.items():
+        check_activation(own[prefix], part, published, source)
     return state
 
 
-def in_form(state: State, target: State, own: dict[str, nn.Module], source) -> State:
-    """``state``, merged for the modules that are in the deploy form in ``target``."""
+def is_published(state: State) -> bool:
+    """Whether the names are those of the authors, or of a whole classifier or encoder of timm."""
+    layout = recognize(encoder_of(state, 'the file'))
+    return layout == 'apple' or (layout == 'timm' and any('final_conv.' in k for k in state))
+
+
+def check_activation(module: FastViT, state: State, published: bool, source) -> None:
+    """Refuse weights of a network that differs from ``module`` in what no weight shows: whether
+    an activation follows the large-kernel convolution.
+
+    Raises:
+        FastViTError: the known networks with these weights all differ from the model.
+    """
+    has = module.settings['downsample_act']
+    # A user's own arch may have the stages of a known one; in his own files it is no mistake.
+    sure = published or isinstance(module.network['arch'], str)
+    names = candidates(state) if sure else []
+    if names and all(parse_arch(name)['downsample_act'] != has for name in names):
+        words = {False: 'no activation', True: 'an activation'}
+        raise FastViTError(
+            f'{source} does not fit: this is {" or ".join(map(title, names))}, where '
+            f'{words[not has]} follows the large-kernel convolution; in the model, {words[has]} '
+            'does: it would compute another function with these weights'
+        )
+
+
+def in_form(state: State, own: dict[str, nn.Module], source, switch: bool) -> State:
+    """``state``, merged for the modules that are in the deploy form.
+
+    Args:
+        switch: bring FastViTHD, which is published in the deploy form only, into that form.
+    """
+    branchless = any(getattr(m, 'network', {}).get('arch') == 'hd' for m in own.values())
     for start, module in own.items():
         have = starting_with(state, start)
-        if any('reparam_conv' in k for k in starting_with(target, start)):
+        merged = any(k.endswith('reparam_conv.weight') for k in have)
+        if merged and branchless and switch and has_branches(module):
+            module.switch_to_deploy()
+            print_log(f'{source}: {BRANCHLESS}', 'current')
+        if not has_branches(module):
             if have:
                 state = {k: v for k, v in state.items() if not k.startswith(start)}
-                state |= {start + k: v for k, v in merge_state(module, have).items()}
-        elif any(k.endswith('reparam_conv.weight') for k in have):
+                have = merge_state(module, in_dtype_of(module, have))
+                state |= {start + k: v for k, v in have.items()}
+        elif merged:
             raise FastViTError(
-                f'{source} is in the deploy form, the model in the training form: load the '
-                'training form of these weights, or build the model with deploy=True (--cfg-options'
+                f'{source} is in the deploy form, the model in the training form: '
+                + ('' if branchless else 'load the training form of these weights, or ')
+                + 'build the model with deploy=True (--cfg-options'
                 ' model.backbone.deploy=True, and for a classifier also model.neck.deploy=True)'
+                + (f'; {BRANCHLESS}' if branchless else '')
             )
     return state
+
+
+def has_branches(module: FastViT | FastViTNeck) -> bool:
+    return not any('reparam_conv' in k for k in module.state_dict())
+
+
+def in_dtype_of(module: nn.Module, state: State) -> State:
+    """``state`` in the dtype of ``module`` if that is wider, to merge without rounding."""
+    dtype = next(module.parameters()).dtype
+    return {
+        k: v.to(torch.promote_types(v.dtype, dtype)) if v.is_floating_point() else v
+        for k, v in state.items()
+    }
 
 
 def mismatch(source, found, wanted, missing, unexpected, state, target) -> str:
@@ -101,14 +166,19 @@ def has_fastvit(model: nn.Module) -> bool:
 
 
 def prepare(
-    model: nn.Module, source: str | Path, whole: bool = False, prefix: str | None = None
+    model: nn.Module,
+    source: str | Path,
+    whole: bool = False,
+    prefix: str | None = None,
+    switch: bool = False,
 ) -> dict:
     """Read a checkpoint and convert its ``state_dict`` for ``model``. See :func:`load`."""
     model = unwrap(model)
-    checkpoint = read(source)
+    checkpoint = read(source, select=only_encoder if has_fastvit(model) and not prefix else None)
     state = part_of(state_dict_of(checkpoint, source), prefix, source)
     if has_fastvit(model):
-        state = fit(model, state, source, whole)
+        state = {name: state[name] for name in only_encoder(state, source)}
+        state = fit(model, state, source, whole, switch)
     elif whole and any(wrong := incompatible(model.state_dict(), state)):
         names = (['another model'], [type(model).__name__])
         raise FastViTError(mismatch(source, *names, *wrong, state, model.state_dict()))
@@ -117,7 +187,11 @@ def prepare(
 
 
 def load(
-    model: nn.Module, source: str | Path, whole: bool = False, prefix: str | None = None
+    model: nn.Module,
+    source: str | Path,
+    whole: bool = False,
+    prefix: str | None = None,
+    switch: bool = True,
 ) -> dict:
     """Load weights of any layout (see :mod:`fastvit_mm.weights`) into ``model``, strictly.
 
@@ -131,6 +205,8 @@ def load(
             (another task's head) and ``feature_norm`` may be missing; they are logged.
         prefix: load only entries that start with it, without it: ``student.`` if a file has
             several models.
+        switch: bring FastViTHD, which is published without its branches, into the deploy form.
+            This replaces its parameters: not after an optimizer has been built for them.
 
     Returns:
         The checkpoint: ``state_dict`` as loaded, ``meta``, and everything else in the file.
@@ -139,7 +215,7 @@ def load(
         FastViTError: anything else is missing, unexpected or of another shape; the file is in the
             deploy form and the model in the training form; see also :func:`read`.
     """
-    checkpoint = prepare(model, source, whole, prefix)
+    checkpoint = prepare(model, source, whole, prefix, switch)
     unwrap(model).load_state_dict(checkpoint['state_dict'], strict=False)
     return checkpoint
 

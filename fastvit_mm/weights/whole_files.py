@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from .encoders import only_encoder
 from .files import check_target, read, save, state_dict_of
 from .forms import convert
 from .layouts import SHARED, part_of, to_mm
@@ -38,8 +39,9 @@ def convert_file(
         FastViTError: ``src`` cannot be used, or ``dst`` not be written.
     """
     dst = check_target(dst, force)
-    checkpoint = read(src)
+    checkpoint = read(src, select=None if prefix else only_encoder)
     state = part_of(state_dict_of(checkpoint, src), prefix, src)
+    state = {name: state[name] for name in only_encoder(state, src)}
     converted = convert(state, to, deploy, src)
     content = converted if to == 'timm' else dict(state_dict=converted)  # as each project does
     if to == 'mm' and (meta := checkpoint.get('meta')):

@@ -1,0 +1,7 @@
+# python tools/infer.py configs/embedding/fastvit_mci0_embedding.py fastvit_mci0.apple_mclip2_dfndr2b IMAGES --out OUT --json
+# Zero-shot top-1 on ImageNet, as published: 67.8 (MobileCLIP S0), 71.5 (MobileCLIP2 S0) %.
+# Its weights are for research only (Apple's AMLR licence), and so is what is trained from them.
+_base_ = '_base_/mobileclip.py'
+model = dict(
+    backbone=dict(arch='mci0'),
+)

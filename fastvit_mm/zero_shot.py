@@ -1,0 +1,95 @@
+"""MobileCLIP's embeddings of images, and classification by those of texts, in mmpretrain."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from mmpretrain.models.heads import ClsHead
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import Tensor
+
+from .errors import FastViTError
+
+
+@MODELS.register_module()
+class ZeroShotHead(ClsHead):
+    """Gives the neck's embeddings, (B, D), or compares them with those of texts, (B, K) logits.
+
+    The logits are ``scale`` times the cosine, -1 to 1. There is nothing to train.
+
+    Args:
+        texts: a ``.safetensors`` with ``embeddings`` (K, D) and, in its metadata, ``names``: a
+            JSON list of K class names. None: predictions are ``embedding`` (D,), not normalized.
+        scale: CLIP's logit scale, 100 in all published models.
+
+    Raises:
+        FastViTError: the file of texts is not one.
+    """
+
+    def __init__(self, texts: str | Path | None = None, scale: float = 100.0, init_cfg=None):
+        super().__init__(init_cfg=init_cfg)
+        names, embeddings = read_texts(texts) if texts else ((), None)
+        self.class_names, self.scale = tuple(names), scale
+        directions = None if embeddings is None else F.normalize(embeddings.float(), dim=1)
+        self.register_buffer('texts', directions, persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def forward(self, feats: tuple[Tensor]) -> Tensor:
+        x = feats[-1]
+        if self.texts is None:
+            return x
+        if x.shape[1] != self.texts.shape[1]:
+            raise FastViTError(
+                f'the texts have embeddings of {self.texts.shape[1]}, the images of {x.shape[1]}: '
+                'make those of the texts with the text tower of the same model'
+            )
+        return self.scale * F.normalize(x, dim=1) @ self.texts.T.to(x)
+
+    def loss(self, feats, data_samples, **kwargs):
+        raise FastViTError('a ZeroShotHead has nothing to train: take a LinearClsHead')
+
+    def predict(self, feats, data_samples=None) -> list[DataSample]:
+        if self.texts is not None:
+            return super().predict(feats, data_samples)
+        found = self(feats)
+        samples = data_samples if data_samples is not None else [None] * len(found)
+        samples = [DataSample() if s is None else s for s in samples]
+        for sample, embedding in zip(samples, found, strict=True):
+            sample.set_field(embedding, 'embedding', dtype=Tensor)
+        return samples
+
+
+def read_texts(path: str | Path) -> tuple[list[str], Tensor]:
+    """Names (K) and embeddings (K, D) of a file of texts.
+
+    Raises:
+        FastViTError: it is not such a file.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise FastViTError(f'{path} needs safetensors: pip install safetensors') from error
+    if not Path(path).is_file():
+        raise FastViTError(f'texts {path} do not exist: docs/family.md says how to make them')
+    try:
+        with safe_open(path, 'pt') as file:
+            names = json.loads((file.metadata() or {})['names'])
+            embeddings = file.get_tensor('embeddings')
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise FastViTError(
+            f'{path} has no embeddings with names: {error}; docs/family.md says how to make them'
+        ) from error
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not fits or embeddings.ndim != 2 or len(embeddings) != len(names):
+        shape = tuple(embeddings.shape)
+        raise FastViTError(
+            f'{path}: expected a vector for each name, got {shape} for {names}'[:300]
+        )
+    if not torch.isfinite(embeddings).all():
+        raise FastViTError(f'{path} has vectors that are NaN or infinite')
+    return names, embeddings
