@@ -25,6 +25,7 @@ import fastvit_mm
 from fastvit_mm import FastViTError, cli, complexity, configs, launch
 from fastvit_mm.evaluation.mirrored import augment_test
 from fastvit_mm.export import FORMATS
+from fastvit_mm.init import TASKS
 
 ROOT = Path(__file__).parent.parent
 home, tool = test_tools.home, test_tools.tool
@@ -124,7 +125,11 @@ def test_every_command_has_a_tool_that_only_calls_it():
     assert len(list((ROOT / 'tools').glob('*.py'))) == len(set(cli.COMMANDS) - {'init'})
 
 
-def test_help_names_every_format(capsys):
+def test_help_names_what_the_library_knows(capsys):
+    """Which it cannot ask, without the seconds that importing it takes."""
+    with pytest.raises(SystemExit):
+        import_module('fastvit_mm.cli.init').main(['--help'])
+    assert f'--task {{{",".join(TASKS)}}}' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         import_module('fastvit_mm.cli.export').main(['--help'])
     shown = ' '.join(capsys.readouterr().out.split())
