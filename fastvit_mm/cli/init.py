@@ -7,16 +7,14 @@ changes the data.
 
 import argparse
 
-from fastvit_mm import launch
-from fastvit_mm.init import TASKS, init
+from . import options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', metavar='OUT', help='folder to write: config.py, lists, annotations')
-    parser.add_argument('--task', required=True, choices=TASKS)
+    tasks = ['classification', 'detection', 'segmentation']
+    parser.add_argument('--task', required=True, choices=tasks)
     parser.add_argument(
         '--data', required=True, metavar='PATH', help="folder, COCO json or YOLO's yaml"
     )
@@ -39,8 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--unlabelled', metavar='ID', help="segmentation: the id without a class, or 'none'"
     )
-    launch.debug_argument(parser)
+    options.debug_argument(parser)
     args = vars(parser.parse_args(argv))
+
+    from fastvit_mm.init import init
+
     args.pop('debug')
     if args['pretrained'] == 'none':
         args['pretrained'] = None
