@@ -322,22 +322,23 @@ def metrics(tool, out, *args):
 
 
 def test_batches_and_device(segmenter, tool, tmp_path, monkeypatch):
-    one = metrics(tool, tmp_path / 'one.json', *segmenter)
-    sizes, steps = set(), []
-    step = fastvit_mm.launch.Runner.test
+    config = shallow(CLASSIFICATION, tmp_path)
+    model = randomize(fastvit_mm.init_model(config, cfg_options={'model.head.num_classes': 5}))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    given = (config, tmp_path / 'model.pth')
+    one = metrics(tool, tmp_path / 'one.json', *given)
+    steps, places, test = [], set(), launch.Runner.test
 
     def watched(runner):
-        runner.model.register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
-        sizes.add(next(runner.model.parameters()).device.type)
-        return step(runner)
+        places.update(p.device.type for p in runner.model.parameters())
+        runner.model.backbone.register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
+        return test(runner)
 
     monkeypatch.setattr(launch.Runner, 'test', watched)
-    three = metrics(tool, tmp_path / 'three.json', *segmenter, '--batch-size', 3, '--device', 'cpu')
-    assert steps == [3, 3, 2] and sizes == {'cpu'}
-    assert three == pytest.approx(one, abs=1e-3)
-    refusal(tool('test', *segmenter, '--demo', '--device', 'cuda:99'), '--device cuda:99')
-    refusal(tool('test', *segmenter, '--demo', '--device', 'cpu', '--launcher', 'slurm'), 'SLURM')
-    assert tool('test', *segmenter, '--batch-size', 0)[0] == 2
+    three = metrics(tool, tmp_path / 'three.json', *given, '--batch-size', 3, '--device', 'cpu')
+    assert steps == [3, 3, 2] and places == {'cpu'} and three == pytest.approx(one, abs=1e-3)
+    refusal(tool('test', *given, '--demo', '--device', 'cuda:99'), '--device cuda:99')
+    refusal(tool('test', *segmenter, '--demo', '--batch-size', 3), '--batch-size 3', 'one size')
 
 
 @pytest.mark.parametrize('form', [[], ['--reparam']], ids=['training', 'deploy'])
