@@ -18,7 +18,7 @@ import yaml
 from mmengine.config import Config
 from randomize import randomize
 from test_recipes import SIZES
-from test_tools import DETECTION, SEGMENTATION, refusal, shallow
+from test_tools import CLASSIFICATION, DETECTION, SEGMENTATION, refusal, shallow
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_mm
@@ -323,7 +323,8 @@ def metrics(tool, out, *args):
 
 def test_batches_and_device(segmenter, tool, tmp_path, monkeypatch):
     config = shallow(CLASSIFICATION, tmp_path)
-    model = randomize(fastvit_mm.init_model(config, cfg_options={'model.head.num_classes': 5}))
+    cfg = fastvit_mm.demo.apply_demo(Config.fromfile(config))
+    model = randomize(fastvit_mm.init_model(cfg))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     given = (config, tmp_path / 'model.pth')
     one = metrics(tool, tmp_path / 'one.json', *given)
