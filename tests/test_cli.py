@@ -352,6 +352,7 @@ def test_mirrored_images(segmenter, tool, tmp_path, form, monkeypatch):
     assert code == 0, err
     cfg = Config.fromfile(config)
     fastvit_mm.demo.apply_demo(cfg)
+    cfg.work_dir = str(tmp_path / 'own')
     runner = launch.test_runner(cfg, str(checkpoint))
     runner.load_or_resume()
     model = runner.model.eval()
@@ -360,15 +361,17 @@ def test_mirrored_images(segmenter, tool, tmp_path, form, monkeypatch):
     for item, found in zip(
         runner.test_dataloader.dataset, pickle.loads(out.read_bytes()), strict=True
     ):
-        batch = {k: [v] for k, v in item.items()}
-        data = model.data_preprocessor(batch, False)
-        height, width = data['data_samples'][0].img_shape
-        with torch.no_grad():
-            logits, turned = (
-                model.encode_decode(x, [s.metainfo for s in data['data_samples']]).softmax(1)
-                for x in (data['inputs'], data['inputs'].flip(3))
+        turned = []
+        for image in (item['inputs'], item['inputs'].flip(2)):
+            data = model.data_preprocessor(
+                dict(inputs=[image], data_samples=[item['data_samples']]), False
             )
-        mean = (logits + turned.flip(3))[0, :, :height, :width]
+            with torch.no_grad():
+                logits = model.encode_decode(
+                    data['inputs'], [one.metainfo for one in data['data_samples']]
+                )
+            turned.append(logits.softmax(1)[0, :, : image.shape[1], : image.shape[2]])
+        mean = turned[0] + turned[1].flip(2)
         ours = found['pred_sem_seg']['data'][0] if isinstance(found, dict) else found
         agree = (mean.argmax(0).cpu() == torch.as_tensor(np.asarray(ours)).cpu()).float().mean()
         assert agree > 0.995
