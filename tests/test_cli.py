@@ -18,7 +18,7 @@ import yaml
 from mmengine.config import Config
 from randomize import randomize
 from test_recipes import SIZES
-from test_tools import DETECTION, SEGMENTATION, refusal, shallow
+from test_tools import CLASSIFICATION, DETECTION, SEGMENTATION, refusal, shallow
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_mm
@@ -322,22 +322,24 @@ def metrics(tool, out, *args):
 
 
 def test_batches_and_device(segmenter, tool, tmp_path, monkeypatch):
-    one = metrics(tool, tmp_path / 'one.json', *segmenter)
-    sizes, steps = set(), []
-    step = fastvit_mm.launch.Runner.test
+    config = shallow(CLASSIFICATION, tmp_path)
+    cfg = fastvit_mm.demo.apply_demo(Config.fromfile(config))
+    model = randomize(fastvit_mm.init_model(cfg))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    given = (config, tmp_path / 'model.pth')
+    one = metrics(tool, tmp_path / 'one.json', *given)
+    steps, places, test = [], set(), launch.Runner.test
 
     def watched(runner):
-        runner.model.register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
-        sizes.add(next(runner.model.parameters()).device.type)
-        return step(runner)
+        places.update(p.device.type for p in runner.model.parameters())
+        runner.model.backbone.register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
+        return test(runner)
 
     monkeypatch.setattr(launch.Runner, 'test', watched)
-    three = metrics(tool, tmp_path / 'three.json', *segmenter, '--batch-size', 3, '--device', 'cpu')
-    assert steps == [3, 3, 2] and sizes == {'cpu'}
-    assert three == pytest.approx(one, abs=1e-3)
-    refusal(tool('test', *segmenter, '--demo', '--device', 'cuda:99'), '--device cuda:99')
-    refusal(tool('test', *segmenter, '--demo', '--device', 'cpu', '--launcher', 'slurm'), 'SLURM')
-    assert tool('test', *segmenter, '--batch-size', 0)[0] == 2
+    three = metrics(tool, tmp_path / 'three.json', *given, '--batch-size', 3, '--device', 'cpu')
+    assert steps == [3, 3, 2] and places == {'cpu'} and three == pytest.approx(one, abs=1e-3)
+    refusal(tool('test', *given, '--demo', '--device', 'cuda:99'), '--device cuda:99')
+    refusal(tool('test', *segmenter, '--demo', '--batch-size', 3), '--batch-size 3', 'one size')
 
 
 @pytest.mark.parametrize('form', [[], ['--reparam']], ids=['training', 'deploy'])
@@ -350,6 +352,7 @@ def test_mirrored_images(segmenter, tool, tmp_path, form, monkeypatch):
     assert code == 0, err
     cfg = Config.fromfile(config)
     fastvit_mm.demo.apply_demo(cfg)
+    cfg.work_dir = str(tmp_path / 'own')
     runner = launch.test_runner(cfg, str(checkpoint))
     runner.load_or_resume()
     model = runner.model.eval()
@@ -358,15 +361,17 @@ def test_mirrored_images(segmenter, tool, tmp_path, form, monkeypatch):
     for item, found in zip(
         runner.test_dataloader.dataset, pickle.loads(out.read_bytes()), strict=True
     ):
-        batch = {k: [v] for k, v in item.items()}
-        data = model.data_preprocessor(batch, False)
-        height, width = data['data_samples'][0].img_shape
-        with torch.no_grad():
-            logits, turned = (
-                model.encode_decode(x, [s.metainfo for s in data['data_samples']]).softmax(1)
-                for x in (data['inputs'], data['inputs'].flip(3))
+        turned = []
+        for image in (item['inputs'], item['inputs'].flip(2)):
+            data = model.data_preprocessor(
+                dict(inputs=[image], data_samples=[item['data_samples']]), False
             )
-        mean = (logits + turned.flip(3))[0, :, :height, :width]
+            with torch.no_grad():
+                logits = model.encode_decode(
+                    data['inputs'], [one.metainfo for one in data['data_samples']]
+                )
+            turned.append(logits.softmax(1)[0, :, : image.shape[1], : image.shape[2]])
+        mean = turned[0] + turned[1].flip(2)
         ours = found['pred_sem_seg']['data'][0] if isinstance(found, dict) else found
         agree = (mean.argmax(0).cpu() == torch.as_tensor(np.asarray(ours)).cpu()).float().mean()
         assert agree > 0.995
