@@ -5,16 +5,15 @@ Reads class folders, images with masks, COCO json, YOLO labels, Pascal VOC and L
 changes the data.
 """
 
-import argparse
-
 from . import options
+
+TASKS = ('classification', 'detection', 'segmentation')
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = options.parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument('out', metavar='OUT', help='folder to write: config.py, lists, annotations')
-    tasks = ['classification', 'detection', 'segmentation']
-    parser.add_argument('--task', required=True, choices=tasks)
+    parser.add_argument('--task', required=True, choices=TASKS)
     parser.add_argument(
         '--data', required=True, metavar='PATH', help="folder, COCO json or YOLO's yaml"
     )
@@ -39,10 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.debug_argument(parser)
     args = vars(parser.parse_args(argv))
-
-    from fastvit_mm.init import init
-
     args.pop('debug')
     if args['pretrained'] == 'none':
         args['pretrained'] = None
+
+    from fastvit_mm.init import init
+
     print('\n'.join(init(**args)))
