@@ -1,16 +1,15 @@
 """Reading and drawing beside the network: in order, bounded, and with errors that name the file."""
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
-from small_runs import forked
 
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, pictures
@@ -73,24 +72,28 @@ def test_errors_beside(processes):
             beside.result('a.png', beside.submit('a.png', None))
 
 
+KILLED_WHILE_IT_DRAWS = """
+import os, signal, time
+from fastvit_mm.prediction.beside import Beside
+
 def nap(seconds):
     time.sleep(seconds)
     return os.getpid()
 
-
-def killed_while_it_draws(pids):
-    with Beside(nap, 2) as beside:
-        for one in [beside.submit('a.png', 0.2) for _ in range(4)]:
-            pids.append(one.result())
-        os.kill(os.getpid(), signal.SIGKILL)
+with Beside(nap, 2) as beside:
+    for one in [beside.submit('a.png', 0.2) for _ in range(4)]:
+        print(one.result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @linux
-def test_no_process_outlives_its_parent():
-    with multiprocessing.get_context('fork').Manager() as manager:
-        pids = manager.list()
-        assert forked(killed_while_it_draws, pids) == -signal.SIGKILL
-        children = set(pids)
+def test_no_process_outlives_its_parent(tmp_path):
+    said = tmp_path / 'pids'  # not a pipe, which the children would keep open
+    with said.open('w') as out:
+        call = [sys.executable, '-c', KILLED_WHILE_IT_DRAWS]
+        assert subprocess.run(call, stdout=out, timeout=300).returncode == -signal.SIGKILL
+    children = {int(pid) for pid in said.read_text().split()}
     assert len(children) == 2
     deadline = time.monotonic() + 30
     while any(alive(one) for one in children):
