@@ -88,6 +88,25 @@ with Beside(nap, 2) as beside:
 
 
 @linux
+def test_after_opencv_used_its_threads():
+    """A forked process that changes their number waits forever for threads it doesn't have."""
+    program = """
+import time
+import cv2, numpy as np
+from fastvit_mm.prediction.beside import Beside
+
+cv2.setNumThreads(4)
+cv2.GaussianBlur(np.ones((3000, 3000, 3), np.uint8), (31, 31), 3)
+time.sleep(0.5)  # until they wait for more
+with Beside(lambda: cv2.getNumThreads(), 2) as beside:
+    print(beside.submit('a.png').result(), cv2.getNumThreads())
+"""
+    call = [sys.executable, '-c', program]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, '1 4\n'), run.stderr
+
+
+@linux
 def test_no_process_outlives_its_parent(tmp_path):
     said = tmp_path / 'pids'  # not a pipe, which the children would keep open
     with said.open('w') as out:
