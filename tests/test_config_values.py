@@ -168,6 +168,11 @@ def segmentation(arch, kind):
         'train_dataloader.dataset': lambda repeated: repeated['dataset'],
         'val_dataloader.dataset.pipeline.2': GONE,
         'test_dataloader.dataset.pipeline.2': GONE,
+        # ADE20K's class says so, and warns if it is said twice.
+        'train_dataloader.dataset.pipeline.1.reduce_zero_label': GONE,
+        'val_dataloader.dataset.pipeline.2.reduce_zero_label': GONE,
+        'test_dataloader.dataset.pipeline.2.reduce_zero_label': GONE,
+        'default_hooks.visualization': GONE,  # --show-dir draws
     }
     return changes
 

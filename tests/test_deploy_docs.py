@@ -153,7 +153,7 @@ def test_the_pages_numbers():
                     steps = Config.fromfile(file).test_dataloader.dataset.pipeline
                     assert (steps[1].scale, steps[2].crop_size) == (int(short), int(size)), file
     configs = {p.name for p in (ROOT / 'configs/classification').glob('*.py')}
-    assert seen == {name for name in configs if 'dist' not in name}
+    assert seen == {name for name in configs if 'dist' not in name and 'mci' not in name}
 
 
 @pytest.mark.parametrize('code, out', [(OPENVINO, 'model.xml'), (TORCH, 'model.pt2')])
