@@ -420,7 +420,10 @@ def test_the_pages_last_lines(tmp_path, monkeypatch):
     shallow(CLASSIFICATION, tmp_path).rename('my_config.py')
     model = fastvit_mm.init_model('my_config.py')
     torch.save(dict(state_dict=model.state_dict()), 'my_checkpoint.pth')
-    mmcv.imwrite(noise(0).permute(1, 2, 0).numpy(), 'image.jpg')
+    for i, name in enumerate(('image.jpg', 'other.jpg')):
+        mmcv.imwrite(noise(i).permute(1, 2, 0).numpy(), name)
     exec(example, names := {})
     assert names['result']['pred_label'] in range(1000)
+    assert names['results'][0]['pred_score'] == pytest.approx(names['result']['pred_score'])
+    assert len(names['results']) == 2
     assert not any('conv_scale' in k for k in names['model'].state_dict())
