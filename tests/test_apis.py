@@ -85,9 +85,9 @@ def test_images_in_every_form(case):
     for images in ([case.image, case.path, other], (str(case.path), case.image, other)):
         results = fastvit_mm.inference(model, images)
         assert isinstance(results, list) and len(results) == 3
-        first, second, third = map(says, results)
-        assert torch.equal(first, by_path) and torch.equal(second, by_path)
-        assert not torch.equal(third, by_path)
+        for one in map(says, results[:2]):  # computed together
+            torch.testing.assert_close(one, by_path, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(says(results[2]), by_path, rtol=1e-2, atol=1e-3)
     assert fastvit_mm.inference(model, []) == []
     one = fastvit_mm.inference(model, [case.image])
     assert isinstance(one, list) and len(one) == 1

@@ -235,8 +235,12 @@ def test_ctrl_c(photos, tmp_path, monkeypatch):
         return infer(model, image)
 
     monkeypatch.setattr(fastvit_mm, 'inference', stop)
-    with pytest.raises(KeyboardInterrupt):
-        seen(photos, out)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            seen(photos, out)
+    finally:
+        signal.signal(signal.SIGINT, before)
     found, names = records(out)
     assert found == [0, 1, 2, 3, 4] and names == [f'{i}.png' for i in found]
     assert sorted(path.name for path in out.glob('*.jpg')) == [f'{i}.jpg' for i in found]
