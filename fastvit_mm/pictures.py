@@ -100,7 +100,7 @@ def titled(image: np.ndarray, text: str | None, dpi: float, bold: bool = False) 
         return image
     width = image.shape[1]
     size = 10.5 if bold else 9.5
-    letters = max(8, int((width / dpi - 2 * MARGIN) * 72 / (size * (0.6 if bold else 0.56))))
+    letters = max(8, int((width / dpi - 2 * MARGIN) * 72 / (size * (0.68 if bold else 0.62))))
     lines = textwrap.wrap(text, letters) or ['']
     rows = round((0.19 * len(lines) + 0.11) * dpi)
     figure = Figure((width / dpi, rows / dpi), dpi=dpi, facecolor='white')

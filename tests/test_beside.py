@@ -1,16 +1,15 @@
 """Reading and drawing beside the network: in order, bounded, and with errors that name the file."""
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
-from small_runs import forked
 
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, pictures
@@ -73,24 +72,47 @@ def test_errors_beside(processes):
             beside.result('a.png', beside.submit('a.png', None))
 
 
+KILLED_WHILE_IT_DRAWS = """
+import os, signal, time
+from fastvit_mm.prediction.beside import Beside
+
 def nap(seconds):
     time.sleep(seconds)
     return os.getpid()
 
-
-def killed_while_it_draws(pids):
-    with Beside(nap, 2) as beside:
-        for one in [beside.submit('a.png', 0.2) for _ in range(4)]:
-            pids.append(one.result())
-        os.kill(os.getpid(), signal.SIGKILL)
+with Beside(nap, 2) as beside:
+    for one in [beside.submit('a.png', 0.2) for _ in range(4)]:
+        print(one.result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @linux
-def test_no_process_outlives_its_parent():
-    with multiprocessing.get_context('fork').Manager() as manager:
-        pids = manager.list()
-        assert forked(killed_while_it_draws, pids) == -signal.SIGKILL
-        children = set(pids)
+def test_after_opencv_used_its_threads():
+    """A forked process that changes their number waits forever for threads it doesn't have."""
+    program = """
+import time
+import cv2, numpy as np
+from fastvit_mm.prediction.beside import Beside
+
+cv2.setNumThreads(4)
+cv2.GaussianBlur(np.ones((3000, 3000, 3), np.uint8), (31, 31), 3)
+time.sleep(0.5)  # until they wait for more
+with Beside(lambda: cv2.getNumThreads(), 2) as beside:
+    print(beside.submit('a.png').result(), cv2.getNumThreads())
+"""
+    call = [sys.executable, '-c', program]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, '1 4\n'), run.stderr
+
+
+@linux
+def test_no_process_outlives_its_parent(tmp_path):
+    said = tmp_path / 'pids'  # not a pipe, which the children would keep open
+    with said.open('w') as out:
+        call = [sys.executable, '-c', KILLED_WHILE_IT_DRAWS]
+        assert subprocess.run(call, stdout=out, timeout=300).returncode == -signal.SIGKILL
+    children = {int(pid) for pid in said.read_text().split()}
     assert len(children) == 2
     deadline = time.monotonic() + 30
     while any(alive(one) for one in children):

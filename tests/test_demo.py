@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
     path
     for path in (REPO / 'configs').rglob('*.py')
-    if '_base_' not in path.parts and 'default_scope' in Config.fromfile(path)
+    if '_base_' not in path.parts and 'train_cfg' in Config.fromfile(path)
 )
 
 
@@ -253,7 +253,8 @@ def test_same_model_losses_optimizer_and_metric(root, config):
     after = kinds(cfg)
     assert before - after <= {'Pretrained', 'ADE20KDataset', 'AmpOptimWrapper'}
     assert after - before <= {'BaseSegDataset', 'OptimWrapper'}
-    wanted = 'Adam' if 'mano_' in cfg.filename else 'AdamW'
+    wanted = {'mano_': 'Adam', '_linear_': 'SGD'}
+    wanted = next((v for k, v in wanted.items() if k in cfg.filename), 'AdamW')
     assert cfg.optim_wrapper.optimizer.type == wanted
     assert cfg.optim_wrapper.get('paramwise_cfg') == paramwise
 

@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 def ours_and_timms(arch, dtype):
     """Our classifier and timm's with the same random weights and statistics."""
     ours = randomize(Classifier(arch), seed=3).to(dtype)
-    theirs = timm.create_model(f'fastvit_{arch}').to(dtype)
+    theirs = timm.create_model(f'fastvit_{arch}', num_classes=1000).to(dtype)
     theirs.load_state_dict(
         {k.replace('backbone.', '').replace('neck.', ''): v for k, v in ours.state_dict().items()},
         strict=True,

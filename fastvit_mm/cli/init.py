@@ -5,16 +5,13 @@ Reads class folders, images with masks, COCO json, YOLO labels, Pascal VOC and L
 changes the data.
 """
 
-import argparse
+from . import options
 
-from fastvit_mm import launch
-from fastvit_mm.init import TASKS, init
+TASKS = ('classification', 'detection', 'segmentation')
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser(__doc__)
     parser.add_argument('out', metavar='OUT', help='folder to write: config.py, lists, annotations')
     parser.add_argument('--task', required=True, choices=TASKS)
     parser.add_argument(
@@ -39,9 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--unlabelled', metavar='ID', help="segmentation: the id without a class, or 'none'"
     )
-    launch.debug_argument(parser)
+    options.debug_argument(parser)
     args = vars(parser.parse_args(argv))
     args.pop('debug')
     if args['pretrained'] == 'none':
         args['pretrained'] = None
+
+    from fastvit_mm.init import init
+
     print('\n'.join(init(**args)))

@@ -52,7 +52,15 @@ def main(argv: list[str] | None = None) -> None:
         from mmengine.evaluator import DumpResults
 
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(out)))
-    metrics = runner.test()
+    try:
+        metrics = runner.test()
+    except AssertionError as error:
+        if not args.batch_size or 'image size in a batch' not in str(error):
+            raise
+        raise FastViTError(
+            f'--batch-size {args.batch_size}: this model takes a batch of images of one size, and '
+            'the test set has several: leave it out'
+        ) from error
     if out and out.suffix == '.json' and runner.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')

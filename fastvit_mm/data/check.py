@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import cv2
 from mmcv.transforms import LoadAnnotations
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastvit_mm.errors import FastViTError, one_line
 from fastvit_mm.failures import root_cause, without_traceback
+from fastvit_mm.opencv import without_threads
 
 from .class_folders import label_problems, layouts
 from .listing import build, loader_problems, where
@@ -120,25 +120,17 @@ def as_problem(error: FastViTError, file: str) -> Problem:
     return Problem(str(file), f'cannot be used: {without_traceback(error)}')
 
 
-def single_threaded(_worker: int) -> None:
-    cv2.setNumThreads(0)
-
-
 def read(dataset, workers: int, advance: Callable[[int], None]) -> Iterator[Problem]:
     """Read every sample of a data set in ``workers`` processes, in order."""
-    loader = DataLoader(
-        Reader(dataset),
-        batch_size=BATCH,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=single_threaded,
-    )
+    reader = Reader(dataset)
+    loader = DataLoader(reader, batch_size=BATCH, num_workers=workers, collate_fn=list)
     empty = 0
-    for samples in loader:
-        found = [one for problems in samples for one in problems]
-        empty += sum(one.wrong == UNLABELLED for one in found)
-        yield from found
-        advance(len(samples))
+    with without_threads():
+        for samples in loader:
+            found = [one for problems in samples for one in problems]
+            empty += sum(one.wrong == UNLABELLED for one in found)
+            yield from found
+            advance(len(samples))
     if empty and empty == len(dataset):
         then = 'nothing can be learned or measured'
         yield Problem(where(dataset), 'has no labelled pixel in any mask', then, SPOILS)

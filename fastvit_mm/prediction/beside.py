@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import cv2
 import torch
 
 from fastvit_mm.errors import FastViTError, one_line
+from fastvit_mm.opencv import without_threads
 
 READ = 4  # images that are read before they are needed
 PROCESSES = 4  # at most
@@ -48,7 +48,8 @@ class Beside:
             self.pool = ProcessPoolExecutor(
                 processes, multiprocessing.get_context('fork'), begin, (function,)
             )
-            self.pool.submit(int).result()  # forks now, while no other thread is at work
+            with without_threads():
+                self.pool.submit(int).result()  # forks now, while no other thread is at work
 
     def __enter__(self) -> 'Beside':
         return self
@@ -104,7 +105,6 @@ def begin(wanted: Callable) -> None:
     function = wanted
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that forked it
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
