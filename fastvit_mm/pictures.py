@@ -40,8 +40,6 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
         from .hand_mesh.drawing import draw_hand
 
         return draw_hand(image, result, same_size)
-    if 'embedding' in result:  # nothing to see
-        return image.copy()
     height, width = image.shape[:2]
     side = math.sqrt(height * width)
     factor = math.ceil(SMALL / side) if side < SMALL and max(height, width) < LONG else 1

@@ -1,16 +1,21 @@
 """MobileCLIP's embeddings of images, and classification by those of texts, in mmpretrain."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from .errors import FastViTError
+from .reparameterize import network
 
 
 @MODELS.register_module()
@@ -32,6 +37,7 @@ class ZeroShotHead(ClsHead):
         super().__init__(init_cfg=init_cfg)
         names, embeddings = read_texts(texts) if texts else ((), None)
         self.class_names, self.scale = tuple(names), scale
+        self.order = list(range(len(names)))
         directions = None if embeddings is None else F.normalize(embeddings.float(), dim=1)
         self.register_buffer('texts', directions, persistent=False)
 
@@ -50,6 +56,9 @@ class ZeroShotHead(ClsHead):
             )
         return self.scale * F.normalize(x, dim=1) @ self.texts.T.to(x)
 
+    def _get_predictions(self, cls_score, data_samples):
+        return super()._get_predictions(cls_score[:, self.order], data_samples)
+
     def loss(self, feats, data_samples, **kwargs):
         raise FastViTError('a ZeroShotHead has nothing to train: take a LinearClsHead')
 
@@ -62,6 +71,62 @@ class ZeroShotHead(ClsHead):
         for sample, embedding in zip(samples, found, strict=True):
             sample.set_field(embedding, 'embedding', dtype=Tensor)
         return samples
+
+
+@HOOKS.register_module()
+class ZeroShotTestHook(Hook):
+    """Before a test, compare the names of a :class:`ZeroShotHead` with the data set's classes.
+
+    If these are in another order, the predictions follow them, which is logged, as are other words.
+
+    Raises:
+        FastViTError: the head has no texts, or texts of other classes.
+    """
+
+    def before_test(self, runner: Runner) -> None:
+        model = network(runner.model)
+        names = (getattr(model, 'dataset_meta', None) or {}).get('classes')  # of an exported file
+        names = names or model.head.class_names
+        if not names:
+            raise FastViTError(
+                'a test of embeddings needs texts to compare them with: --cfg-options '
+                'model.head.texts=FILE (docs/family.md)'
+            )
+        classes = (runner.test_dataloader.dataset.metainfo or {}).get('classes')
+        if not classes:
+            return
+        model.head.order = order_of(names, classes)
+        if tuple(names) != tuple(classes):
+            same = set(names) == set(classes)
+            runner.logger.info(
+                "the texts have the data set's names in another order: sorted"
+                if same
+                else "the names of some texts are not the data set's: taken in their order"
+            )
+
+
+def order_of(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """For each class of a data set, the number of its text.
+
+    Raises:
+        FastViTError: the names are not those of the classes, nor other words for them in order.
+    """
+    names, classes = list(names), list(classes)
+    if len(names) != len(classes):
+        raise FastViTError(
+            f'{len(names)} texts for the {len(classes)} classes of the data set: make a file of '
+            'texts with its classes (docs/family.md)'
+        )
+    if set(names) == set(classes) and len(set(names)) == len(names):
+        return [names.index(name) for name in classes]
+    moved = [name for name in set(names) & set(classes) if names[classes.index(name)] != name]
+    if moved:
+        name = min(moved)
+        raise FastViTError(
+            f'the text {name!r} is where the data set has {classes[names.index(name)]!r}: make a '
+            'file of texts with its classes in their order (docs/family.md)'
+        )
+    return list(range(len(names)))
 
 
 def read_texts(path: str | Path) -> tuple[list[str], Tensor]:

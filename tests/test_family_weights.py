@@ -59,9 +59,8 @@ class Encoder(nn.Module):
 def timms(name, small, **args):
     """timm's encoder with random weights and statistics."""
     arch = dict(layers=small['depths'], embed_dims=small['widths'])
-    model = randomize(timm.create_model(f'fastvit_{name}', num_classes=8, **arch, **args), seed=4)
-    nn.init.zeros_(model.head.fc.bias)  # of a projection
-    return model.eval()
+    model = timm.create_model(f'fastvit_{name}', num_classes=8, **arch, **args)
+    return randomize(model, seed=4).eval()
 
 
 @torch.no_grad()
@@ -155,6 +154,8 @@ def test_the_authors_names(name):
 @pytest.mark.parametrize('layout', [mobileclip, openclip, mobileclip2])
 def test_files_with_a_text_tower(layout, tmp_path, convert, said):  # noqa: F811
     reference = timms('mci0', SMALL)
+    if layout is mobileclip:
+        nn.init.zeros_(reference.head.fc.bias)  # which it does not have
     file = layout(reference, tmp_path / 'clip')
     arch = {**parse_arch('mci0'), **SMALL}
     if layout is mobileclip:  # as timm itself reads the file
@@ -188,26 +189,87 @@ def test_files_with_a_text_tower(layout, tmp_path, convert, said):  # noqa: F811
     done(convert(mm, back := tmp_path / 'timm.pth', '--to', 'timm'))
     for key, value in reference.state_dict().items():
         assert torch.equal(tensors(back)[key], value), key
-    done(convert(mm, back := tmp_path / 'apple.pth', '--to', 'apple'))
-    assert tensors(back).keys() == authors(reference.state_dict()).keys()
+    code, err = convert(mm, back := tmp_path / 'apple.pth', '--to', 'apple')
+    if layout is mobileclip:
+        assert tensors(back).keys() == authors(reference.state_dict()).keys()
+    else:
+        assert code == 2 and 'no bias in its projection' in err and not back.exists()
     done(convert(file, merged_file := tmp_path / 'm.pth', '--deploy'))
     weights.load(merged, merged_file, whole=True)
     agree(merged, reference)
 
 
-def test_timms_files(tmp_path):
-    """Nothing but the arch and a bias of zeros says that its head is a projection."""
-    reference = timm.create_model('fastvit_mci0', num_classes=8)
-    randomize(reference, seed=4).eval()
-    torch.save(reference.state_dict(), classifier := tmp_path / 'classifier.pth')
-    nn.init.zeros_(reference.head.fc.bias)
+class Classifier(Encoder):
+    """Which has as many classes as an embedding has numbers."""
+
+    def __init__(self, arch='mci0', classes=512, deploy=False):
+        super().__init__(arch, None, deploy)
+        self.head = nn.ModuleDict(dict(fc=nn.Linear(2 * parse_arch(arch)['widths'][-1], classes)))
+
+
+@pytest.mark.slow
+def test_timms_files(tmp_path, said):
+    """Nothing but the arch and the width says that its head is a projection."""
+    reference = randomize(timm.create_model('fastvit_mci0', num_classes=512), seed=4).eval()
+    assert reference.head.fc.bias.any()
     safetensors.save_file(reference.state_dict(), file := tmp_path / 'm.safetensors')
-    weights.load(model := Encoder('mci0'), file, whole=True)
+    weights.load(model := Encoder('mci0', 512), file, whole=True)
     agree(model, reference)
+    assert said() == encoders.LICENCE
+    clip = mobileclip2(reference, tmp_path / 'clip')
+    for source, prefix in ((file, None), (clip, None), (clip, 'visual.trunk')):
+        weights.load(again := Encoder('mci0', 512), source, whole=True, prefix=prefix)
+        agree(again, reference)
+    # a classifier, in either form, begins with its own head, and says so
+    for deploy, source in ((True, file), (False, clip)):
+        head = (other := Classifier(deploy=deploy)).head['fc'].weight.clone()
+        said()
+        weights.load(other, source)
+        text = said()
+        assert torch.equal(other.head['fc'].weight, head)
+        assert 'newly initialized: head.fc.bias, head.fc.weight' in text
+        assert 'left out: neck.projection.bias, neck.projection.weight' in text
+        assert relative(outputs(other)[3], outputs(model)[3]) < 1e-5
+    says(lambda: weights.load(other, file, whole=True), 'neck.projection.weight')
+    # and one of other classes remains a classifier
+    randomize(reference := timm.create_model('fastvit_mci0', num_classes=8), seed=5)
+    torch.save(reference.state_dict(), classifier := tmp_path / 'classifier.pth')
+    weights.load(other := Classifier(classes=8), classifier, whole=True)
+    assert torch.equal(other.head['fc'].weight, reference.head.fc.weight)
     says(lambda: weights.load(model, classifier), 'MCi0', 'neck.projection.weight')
-    # for another task, the projection is left
-    weights.load(other := Encoder('mci0', projection=None), file)
-    assert torch.equal(outputs(other)[3], outputs(model)[3])
+
+
+@pytest.mark.slow
+def test_the_licence_is_said(tmp_path, said):
+    """Once, however the weights come; not of one's own models, nor of other networks."""
+
+    def licence(call):
+        encoders.say_licence.cache_clear()
+        said()
+        call()
+        return said().count('research only')
+
+    reference = timm.create_model('fastvit_mci0', num_classes=8)
+    model, files = FastViT('mci0'), {}
+    for name, state in (
+        ('biased', reference.state_dict()),
+        ('headless', {k: v for k, v in reference.state_dict().items() if 'head.' not in k}),
+        ('trunk', {f'visual.trunk.{k}': v for k, v in reference.state_dict().items()}),
+        ('t8', timm.create_model('fastvit_t8').state_dict()),
+        ('own', Classifier(classes=8).state_dict()),
+        ('fresh', FastViT('mci0').state_dict()),
+    ):
+        safetensors.save_file(state, path := tmp_path / f'{name}.safetensors')
+        files[name] = path
+    for name in ('biased', 'headless'):
+        assert licence(lambda name=name: weights.load(model, files[name])) == 1, name
+    assert licence(lambda: weights.load(model, files['trunk'], prefix='visual.trunk')) == 1
+    converted = tmp_path / 'mm.pth'
+    assert licence(lambda: weights.convert_file(files['headless'], converted)) == 1
+    assert licence(lambda: weights.load(model, converted)) == 1
+    assert licence(lambda: weights.load(FastViT('t8'), files['t8'])) == 0
+    for name in ('own', 'fresh'):
+        assert licence(lambda name=name: weights.load(model, files[name])) == 0, name
 
 
 def test_fastvlm(tmp_path, monkeypatch, convert, said):  # noqa: F811

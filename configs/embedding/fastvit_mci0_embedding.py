@@ -5,3 +5,6 @@ _base_ = '_base_/mobileclip.py'
 model = dict(
     backbone=dict(arch='mci0'),
 )
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = 256  # crop ratio 1 with these weights
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -2,7 +2,7 @@
 # Written for 8 GPUs with 4 images each. FastVLM's paper reports no figure for it.
 # Its weights are for research only (Apple's AMLR licence), and so is what is trained from them.
 # wget https://ml-site.cdn-apple.com/datasets/fastvlm/llava-fastvithd_0.5b_stage3.zip && unzip -d checkpoints llava-*.zip
-# They are published without branches, so the network trains in the deploy form.
+# The weights are published without branches, so the network trains in the deploy form.
 _base_ = ['_base_/fpn_mobileclip.py', '_base_/ade20k.py', '_base_/schedule_40k.py']
 model = dict(
     backbone=dict(

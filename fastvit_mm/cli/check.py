@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError(f'--workers {args.workers} is negative: give 0 or more')
 
     cfg = launch.load_config(args, more=[f'{stage}_dataloader' for stage in STAGES])
+    if args.show and 'train_dataloader' not in cfg:
+        raise FastViTError(
+            f'--show draws training images, but {args.config} has none (train_dataloader): '
+            'leave it out'
+        )
     # pycocotools prints to standard output, which is for the report
     with redirect_stdout(sys.stderr), Progress(console=Console(stderr=True)) as bar:
 

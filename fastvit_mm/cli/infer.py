@@ -16,7 +16,7 @@ The results of each task:
   detection       image_id, category_id, score, bbox [x, y, width, height], segmentation (RLE)
   segmentation    image_id, category_id, segmentation (RLE): one for each class present
   classification  image_id, category_ids, labels, scores: the five most likely classes
-  embedding       image_id, embedding: a list of numbers (docs/family.md)
+  embedding       image_id, embedding: a list of numbers, without a picture (docs/family.md)
   hand mesh       image_id, xyz, verts (metres, relative to the root joint), uv (pixels)
 COCO('D/NAME.images.json').loadRes('D/NAME.predictions.json') reads the first two.
 """
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         '--cam',
         type=int,
         metavar='STAGE',
-        help='instead, draw where the prediction comes from: Grad-CAM over a stage, 0 to 3',
+        help='instead, draw where the prediction comes from: Grad-CAM over a stage, from 0 on',
     )
     parser.add_argument(
         '--cam-class', metavar='CLASS', help='name or number of the class (the predicted one)'
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from fastvit_mm import launch
     from fastvit_mm.errors import FastViTError
+    from fastvit_mm.export.graphs import embeds
     from fastvit_mm.prediction import load, look, open_input
 
     if not 0 <= args.score_thr <= 1:
@@ -82,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.cam is not None and (args.json or args.turntable):
         raise FastViTError('--cam draws nothing else: leave out --json and --turntable')
     model = load(cfg, args.checkpoint, device, args.reparam)
+    if args.cam is None and embeds(model) and not args.json:
+        raise FastViTError('there is no picture of an embedding: add --json')
     try:
         out.mkdir(parents=True, exist_ok=True)
         if args.cam is not None:

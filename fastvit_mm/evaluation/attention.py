@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvit_mm import data, pictures
 from fastvit_mm.data.sheet import visible
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.export.graphs import embeds
 from fastvit_mm.settings.widths import type_of
 
 
@@ -54,6 +55,11 @@ def stage_of(model: nn.Module, stage: int) -> nn.Module:
     """
     if not (model.cfg.default_scope == 'mmpretrain' or hasattr(model, 'decode_head')):
         raise FastViTError(f'--cam is for classifiers and segmentors, not {type(model).__name__}')
+    if embeds(model):
+        raise FastViTError(
+            '--cam is for a class, and embeddings have none: give texts, as in --cfg-options '
+            'model.head.texts=FILE'
+        )
     stages = getattr(model.backbone, 'stages', None)
     if stages is None:
         kind = type(model.backbone).__name__

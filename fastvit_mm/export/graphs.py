@@ -368,6 +368,11 @@ def paste(crops: Tensor, boxes: Tensor, size) -> Tensor:
     return rows @ crops @ columns.transpose(1, 2)
 
 
+def embeds(model: nn.Module) -> bool:
+    """Whether a model gives embeddings: it has a zero-shot head without texts."""
+    return getattr(getattr(model, 'head', None), 'class_names', None) == ()
+
+
 def kind_of(model: nn.Module) -> type[Graph]:
     """The graph that fits a model of mmpretrain, mmdet or mmseg.
 
@@ -380,8 +385,8 @@ def kind_of(model: nn.Module) -> type[Graph]:
         return Detector
     if hasattr(model, 'decode_head'):
         return Segmentor
-    if getattr(getattr(model, 'head', None), 'class_names', None) == ():
-        return Embedder  # a zero-shot head without texts
+    if embeds(model):
+        return Embedder
     if isinstance(model, BaseModule) and hasattr(model, 'head'):
         return Classifier
     raise FastViTError(

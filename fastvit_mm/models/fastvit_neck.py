@@ -23,7 +23,7 @@ class FastViTNeck(BaseModule):
         in_channels: width of the backbone's last stage.
         out_channels: a multiple of ``in_channels``; twice by default.
         projection: width of MobileCLIP's embeddings, 512 (mci0 to mci2) or 768 (mci3, mci4): adds
-            a linear layer without bias. None for none.
+            a linear layer. None for none.
         frozen: keep the weights and statistics, as linear probing does.
         deploy: build the deploy form.
         fused_training: as in :class:`FastViT`.
@@ -61,11 +61,13 @@ class FastViTNeck(BaseModule):
         )
         self.projection = nn.Identity()
         if projection:
-            self.projection = nn.Linear(out_channels, projection, bias=False)
+            self.projection = nn.Linear(out_channels, projection)
             nn.init.trunc_normal_(self.projection.weight, std=0.02)
+            nn.init.zeros_(self.projection.bias)
         self.frozen = frozen
         set_fused(self, fused_training)
-        self.requires_grad_(not frozen)
+        if frozen:
+            self.requires_grad_(False)
         if deploy:
             self.switch_to_deploy()
 
@@ -80,7 +82,8 @@ class FastViTNeck(BaseModule):
     def switch_to_deploy(self) -> None:
         """Merge the block's branches in place; calling it twice is harmless."""
         deploy_parts(self)
-        self.requires_grad_(not self.frozen)
+        if self.frozen:
+            self.requires_grad_(False)
 
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastvit_mm
 from fastvit_mm import pictures
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.export.graphs import embeds
 from fastvit_mm.running.device import use
 
 from .beside import Beside, ahead, number_of_processes
@@ -106,12 +107,14 @@ class Picture:
     turntable: bool
 
     def __call__(self, index: int, known: dict, image: np.ndarray, result) -> tuple:
+        records = results(result, self.meta, index) if self.coco else []
+        if 'embedding' in result:  # nothing to see
+            return None, records
         picture = pictures.draw(image, result, self.meta, self.source.same_size)
         if not self.source.in_order:
             self.source.write(known, picture)
         if self.turntable:
             write_turntable(self.out, known, result)
-        records = results(result, self.meta, index) if self.coco else []
         return picture if self.source.in_order else None, records
 
 
@@ -195,5 +198,6 @@ def look(
             if coco:
                 write_json(out, source.name, report.images, report.found, meta)
     number = len(report.images)
-    print(f'{number} drawn in {out}, {report.rate(number):.1f} images/s, {report.skipped} skipped')
+    what = 'embeddings' if embeds(model) else 'drawn'
+    print(f'{number} {what} in {out}, {report.rate(number):.1f} images/s, {report.skipped} skipped')
     return report.skipped

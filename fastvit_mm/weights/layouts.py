@@ -33,6 +33,8 @@ AUTHORS_TO_TIMM = {
     'head.weight': 'head.fc.weight',
     'head.bias': 'head.fc.bias',
 }
+#: Widths of MobileCLIP's embeddings.
+EMBEDDINGS = (512, 768)
 # The parts of timm's stages, in order; each is one entry of the authors' flat network.{i}.
 PARTS = ('downsample', 'pos_emb', 'blocks')
 
@@ -148,33 +150,43 @@ def to_mm(state: State, source='the file') -> State:
 def with_projection(state: State, inside: bool) -> State:
     """The head of a CLIP encoder under the name it has in :class:`FastViTNeck`, ``projection``.
 
-    MobileCLIP has it transposed. timm has a classifier without bias, or with one of zeros.
+    MobileCLIP has it transposed and without bias; in timm, and so in MobileCLIP2, it is a
+    classifier like others, known by its place in a larger model or by its width.
 
     Args:
         inside: whether the weights are from a file with a text tower.
     """
     state = dict(state)
     if 'head.proj' in state:
-        state['projection.weight'] = state.pop('head.proj').T.contiguous()
-    elif 'head.fc.weight' in state and (inside or set(candidates(state)) & set(ENCODERS)):
-        bias = state.get('head.fc.bias')
-        if bias is None or not bias.any():
-            state.pop('head.fc.bias', None)
-            state['projection.weight'] = state.pop('head.fc.weight')
-            say_licence()
+        state['head.fc.weight'] = state.pop('head.proj').T.contiguous()
+    elif 'head.fc.weight' not in state or not (
+        inside or (len(state['head.fc.weight']) in EMBEDDINGS and is_encoder(state))
+    ):
+        return state
+    weight = state['projection.weight'] = state.pop('head.fc.weight')
+    bias = state.pop('head.fc.bias', None)
+    state['projection.bias'] = weight.new_zeros(len(weight)) if bias is None else bias
     return state
 
 
 def without_projection(state: State, layout: str) -> State:
-    """The inverse of :func:`with_projection`."""
+    """The inverse of :func:`with_projection`.
+
+    Raises:
+        FastViTError: the layout has no place for the bias.
+    """
+    if 'projection.weight' not in state:
+        return state
     state = dict(state)
-    if (weight := state.pop('projection.weight', None)) is not None:
-        if layout == 'apple':
-            state['head.proj'] = weight.T.contiguous()
-        else:
-            state['head.fc.weight'] = weight
-            state['head.fc.bias'] = weight.new_zeros(len(weight))
-    return state
+    weight, bias = state.pop('projection.weight'), state.pop('projection.bias')
+    if layout == 'timm':
+        return state | {'head.fc.weight': weight, 'head.fc.bias': bias}
+    if bias.any():
+        raise FastViTError(
+            "the authors' MobileCLIP has no bias in its projection, this one has: convert it to "
+            'timm'
+        )
+    return state | {'head.proj': weight.T.contiguous()}
 
 
 # OpenMMLab's names of parts that the classifiers of timm and the authors also have.
@@ -239,6 +251,27 @@ def candidates(state: State) -> list[str]:
         )
 
     return [name for name in ARCHS if fits(parse_arch(name))]
+
+
+def is_encoder(state: State) -> bool:
+    """Whether the network in a backbone's state dict can only be MobileCLIP's or FastVLM's."""
+    names = candidates(state)
+    return bool(names) and set(names) <= set(ENCODERS)
+
+
+def is_published(state: State) -> bool:
+    """Whether the names are those of the authors, or of a whole classifier or encoder of timm."""
+    layout = recognize(encoder_of(state, 'the file'))
+    return layout == 'apple' or (layout == 'timm' and any('final_conv.' in k for k in state))
+
+
+def say_licence_of(state: State) -> None:
+    """Say the licence of the encoders if this is one, published or converted to our names; in
+    those, a model with the head of a task may be trained from nothing."""
+    bare = all(k.startswith(('backbone.', 'neck.')) for k in state)
+    known = is_published(state) or (bare and recognize(state) == 'mm')
+    if known and is_encoder(starting_with(to_mm(state), 'backbone.')):
+        say_licence()
 
 
 def describe(state: State) -> str:

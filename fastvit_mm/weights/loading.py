@@ -12,10 +12,18 @@ from fastvit_mm.models import FastViT, FastViTNeck
 from fastvit_mm.models.archs import parse_arch, title
 from fastvit_mm.reparameterize import unwrap
 
-from .encoders import encoder_of, only_encoder
+from .encoders import only_encoder
 from .files import read, state_dict_of
 from .forms import merge_state
-from .layouts import candidates, describe, holds, part_of, recognize, to_mm
+from .layouts import (
+    candidates,
+    describe,
+    holds,
+    is_published,
+    part_of,
+    say_licence_of,
+    to_mm,
+)
 from .states import State, differences, first, incompatible, starting_with, without
 
 BRANCHLESS = (
@@ -59,6 +67,8 @@ def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> St
         found.append(describe(starting_with(state, prefix)) if known else wanted[-1])
         state = {k: v for k, v in state.items() if not unbuilt or not k.startswith(unbuilt)}
 
+    if not whole:
+        state = without_projection(state, own, source)
     state = in_form(state, own, source, switch)
     target = model.state_dict()
     missing, unexpected = incompatible(target, state)
@@ -71,8 +81,6 @@ def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> St
         required = {k for k in target if k.startswith(starts) and not norm.match(k)}
         fresh = missing - required
         foreign = {k for k in unexpected if not k.startswith(starts) or norm.match(k) or k in fresh}
-        # Only embeddings need the projection.
-        foreign |= {k for k in unexpected - set(target) if k.endswith('neck.projection.weight')}
         missing, unexpected = missing & required, unexpected - foreign
         state = without(state, foreign)
         if fresh:
@@ -84,10 +92,14 @@ def fit(model: nn.Module, state: State, source, whole: bool, switch: bool) -> St
     return state
 
 
-def is_published(state: State) -> bool:
-    """Whether the names are those of the authors, or of a whole classifier or encoder of timm."""
-    layout = recognize(encoder_of(state, 'the file'))
-    return layout == 'apple' or (layout == 'timm' and any('final_conv.' in k for k in state))
+def without_projection(state: State, own: dict[str, nn.Module], source) -> State:
+    """``state`` for necks that give no embeddings."""
+    necks = {s: m for s, m in own.items() if isinstance(m, FastViTNeck)}
+    starts = tuple(f'{s}projection.' for s, m in necks.items() if not m.network['projection'])
+    idle = {k for k in state if k.startswith(starts)}
+    if idle:
+        print_log(f'{source}: only for embeddings, so left out: {first(idle)}', 'current')
+    return without(state, idle)
 
 
 def check_activation(module: FastViT, state: State, published: bool, source) -> None:
@@ -178,6 +190,7 @@ def prepare(
     state = part_of(state_dict_of(checkpoint, source), prefix, source)
     if has_fastvit(model):
         state = {name: state[name] for name in only_encoder(state, source)}
+        say_licence_of(state)
         state = fit(model, state, source, whole, switch)
     elif whole and any(wrong := incompatible(model.state_dict(), state)):
         names = (['another model'], [type(model).__name__])

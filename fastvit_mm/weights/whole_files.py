@@ -6,7 +6,7 @@ from typing import NamedTuple
 from .encoders import only_encoder
 from .files import check_target, read, save, state_dict_of
 from .forms import convert
-from .layouts import SHARED, part_of, to_mm
+from .layouts import SHARED, part_of, say_licence_of, to_mm
 
 
 class Converted(NamedTuple):
@@ -42,6 +42,7 @@ def convert_file(
     checkpoint = read(src, select=None if prefix else only_encoder)
     state = part_of(state_dict_of(checkpoint, src), prefix, src)
     state = {name: state[name] for name in only_encoder(state, src)}
+    say_licence_of(state)
     converted = convert(state, to, deploy, src)
     content = converted if to == 'timm' else dict(state_dict=converted)  # as each project does
     if to == 'mm' and (meta := checkpoint.get('meta')):
