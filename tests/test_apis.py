@@ -86,7 +86,7 @@ def test_images_in_every_form(case):
         results = fastvit_mm.inference(model, images)
         assert isinstance(results, list) and len(results) == 3
         for one in map(says, results[:2]):  # computed together
-            torch.testing.assert_close(one, by_path, rtol=1e-4, atol=1e-5)
+            assert (one - by_path).abs().max() < 1e-4 * by_path.abs().max()
         assert not torch.allclose(says(results[2]), by_path, rtol=1e-2, atol=1e-3)
     assert fastvit_mm.inference(model, []) == []
     one = fastvit_mm.inference(model, [case.image])
