@@ -293,7 +293,8 @@ def test_info(tool, tmp_path, capsys):
         assert re.search(rf'^{name}  ', shown, re.MULTILINE), name
     assert '1 RepMixerBlock ' in shown and '1 AttentionBlock ' in shown
     assert len(shown.splitlines()) < 20
-    refusal(tool('info', config, '--size', 16, 64), '--size')
+    code, err = tool('info', config, '--size', 16, 64)
+    assert code == 2 and 'argument --size' in err and 'at least 32' in err
 
 
 # ------------------------------------------------------------------------------ options of a test
