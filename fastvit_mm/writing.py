@@ -56,9 +56,11 @@ def check_target(path: str | Path, suffixes: tuple[str, ...] = (), new: bool = F
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FastViTError(f'{path.parent} cannot be created: {error.strerror}') from error
+        raise FastViTError(
+            f'cannot write {path}: {path.parent} cannot be created: {error.strerror}'
+        ) from error
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise FastViTError(f'{path} cannot be written')
+        raise FastViTError(f'cannot write {path}: it is a folder or protected')
     return path
 
 

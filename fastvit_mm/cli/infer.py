@@ -81,9 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError('--cam-class is for --cam: give a stage, such as --cam 3')
     if args.cam is not None:
         others = ('json', 'turntable', 'score_thr', 'batch_size')
-        given = [
-            f'--{n.replace("_", "-")}' for n in others if getattr(args, n) not in (None, False)
-        ]
+        values = {f'--{name.replace("_", "-")}': getattr(args, name) for name in others}
+        given = [name for name, value in values.items() if value is not None and value is not False]
         if given:
             raise FastViTError(f'--cam draws nothing else: leave out {" and ".join(given)}')
     model = load(cfg, args.checkpoint, device, args.reparam)
