@@ -17,6 +17,7 @@ from .errors import FastViTError
 from .export import attach, is_exported
 from .reparameterize import reparameterize
 
+WAITING = 4  # batches' images that wait for others of their size, at most
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
 
@@ -133,20 +134,21 @@ def in_batches(predict: 'Predictor', items: list, batch_size: int) -> list:
     """Predictions in the order of ``items``, computed with others of the same size."""
     results, waiting = [None] * len(items), {}
 
-    def compute(group):
-        indices, samples = zip(*group, strict=True)
+    def compute(size):
+        indices, samples = zip(*waiting.pop(size), strict=True)
         for index, result in zip(indices, predict.compute(list(samples)), strict=True):
             results[index] = result
-        group.clear()
 
     for index, item in enumerate(items):
         sample = prepare_one(predict, item)
-        group = waiting.setdefault(predict.size(sample), [])
-        group.append((index, sample))
-        if len(group) == batch_size:
-            compute(group)
-    for group in filter(None, waiting.values()):
-        compute(group)
+        size = predict.size(sample)
+        waiting.setdefault(size, []).append((index, sample))
+        if len(waiting[size]) == batch_size:
+            compute(size)
+        elif sum(map(len, waiting.values())) > WAITING * batch_size:
+            compute(next(iter(waiting)))  # the oldest: memory is bounded
+    while waiting:
+        compute(next(iter(waiting)))
     return results
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .errors import FastViTError
 from .models import FastViT
 from .reparameterize import deploy_form
 
@@ -141,9 +142,26 @@ def describe(name: str, part: nn.Module) -> Part:
 
 def forward(model: nn.Module, inputs: Tensor, regions: int = REGIONS, masks: int = MASKS):
     """What a model computes for ``inputs`` (B, 3, H, W), without what comes before and after its
-    layers. The heads of a two-stage detector get ``regions`` and ``masks`` for each image."""
+    layers. The heads of a two-stage detector get ``regions`` and ``masks`` for each image.
+
+    Raises:
+        FastViTError: its heads need something else, as in DETR and Cascade R-CNN.
+    """
+    try:
+        return through_layers(model, inputs, regions, masks)
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise FastViTError(
+            f'the layers of {type(model).__name__} with these heads cannot be counted: only those '
+            'of classifiers, segmentors, and detectors of one or two stages with plain heads can'
+        ) from error
+
+
+def through_layers(model: nn.Module, inputs: Tensor, regions: int, masks: int):
     if decode := getattr(model, 'decode_head', None):
-        return decode(model.extract_feat(inputs))  # mmseg calls its `forward`, without hooks
+        feats = model.extract_feat(inputs)  # mmseg calls its `forward`, without hooks
+        auxiliary = getattr(model, 'auxiliary_head', None) if model.training else None
+        more = auxiliary if isinstance(auxiliary, nn.ModuleList) else filter(None, [auxiliary])
+        return [head(feats) for head in (decode, *more)]
     heads = [getattr(model, name, None) for name in ('rpn_head', 'roi_head', 'bbox_head')]
     if not any(heads):
         return model(inputs, mode='tensor') if hasattr(model, 'extract_feat') else model(inputs)
@@ -238,12 +256,12 @@ class Comparison:
         weights, merged, live, merged_live, kept = (f'{n / 1e6:,.1f}' for n in numbers)
         return '\n'.join(
             [
-                f'{self.name}, an image of {height} x {width}, training form > deploy form\n',
+                f'{self.name}, an image of {height} x {width}, training form -> deploy form\n',
                 *lines,
                 '',
-                f'weights         {weights} > {merged} MB',
-                f'a test needs    {live} > {merged_live} MB an image beside them',
-                f'training keeps  {kept} MB an image for the backward pass, less on a CPU',
+                f'weights: {weights} -> {merged} MB',
+                f'besides the weights, a test needs {live} -> {merged_live} MB per image',
+                f'training keeps {kept} MB per image for the backward pass, less on a CPU',
             ]
         )
 
@@ -253,9 +271,9 @@ class Comparison:
             getattr(training, 'name', 'all'),
             getattr(training, 'contents', ''),
             ' x '.join(map(str, getattr(training, 'output', ()))),
-            f'{training.layers} > {deploy.layers}',
-            f'{training.parameters:,} > {deploy.parameters:,}',
-            f'{training.multiply_adds / 1e6:,.0f} > {deploy.multiply_adds / 1e6:,.0f}',
+            f'{training.layers} -> {deploy.layers}',
+            f'{training.parameters:,} -> {deploy.parameters:,}',
+            f'{training.multiply_adds / 1e6:,.0f} -> {deploy.multiply_adds / 1e6:,.0f}',
         )
 
 

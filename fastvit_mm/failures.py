@@ -23,7 +23,8 @@ def explain(error: BaseException, debug: bool = False) -> tuple[str, int]:
     The traceback of an error that nobody foresaw is written to a file, unless ``debug`` says that
     it has been shown.
     """
-    if text := meant_for_users(error) or not_deterministic(error) or blamed(error):
+    readings = (meant_for_users, not_deterministic, of_several_sizes, blamed)
+    if text := next(filter(None, (read(error) for read in readings)), None):
         return text, 2
     if debug:
         return described(error), 1
@@ -75,6 +76,16 @@ def not_deterministic(error: BaseException) -> str | None:
     return (
         f'{found[1]}, which this model needs, has no deterministic algorithm on this device: leave '
         'out --deterministic (randomness.deterministic)'
+    )
+
+
+def of_several_sizes(error: BaseException) -> str | None:
+    """What to do if mmseg is given a batch of images that it cannot stack."""
+    if str(error) != 'The image size in a batch should be the same.':
+        return None
+    return (
+        'this data set has images of several sizes, and a segmentor computes only images of one '
+        'size together: leave out --batch-size (test_dataloader.batch_size=1)'
     )
 
 

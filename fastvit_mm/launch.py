@@ -15,7 +15,7 @@ from mmengine.runner import Runner as BaseRunner
 from . import configs, data, failures, noise, settings, weights
 from .data import check_data
 from .demo import apply_demo
-from .errors import FastViTError, one_line
+from .errors import FastViTError, one_line, require
 from .evaluation.mirrored import augment_test
 from .export import attach, is_exported
 from .hooks import AfterFailureHook, ScreenHook, screen
@@ -73,6 +73,12 @@ class Runner(BaseRunner):
     def register_hooks(self, default_hooks=None, custom_hooks=None):
         ours = [AfterFailureHook(), ScreenHook()]
         super().register_hooks(default_hooks, [*(custom_hooks or []), *ours])
+
+    def build_evaluator(self, evaluator):
+        metrics = evaluator if isinstance(evaluator, list | tuple) else [evaluator]
+        if any(type_of(one) == 'FasterCocoMetric' for one in metrics):
+            require('FasterCocoMetric', 'faster_coco_eval')
+        return super().build_evaluator(evaluator)
 
     def build_logger(self, *args, **kwargs):
         logger = super().build_logger(*args, **kwargs)
@@ -163,6 +169,10 @@ def test_runner(
     if device and cfg.get('launcher', 'none') != 'none':
         raise FastViTError('--device: several processes choose their own, leave it out')
     place = use(device) if device else None
+    if 'teacher' in cfg.model:
+        cfg.model.teacher = None
+    if tta:
+        augment_test(cfg)
     settings.check(cfg, reads=settings.TEST)
     check_data(cfg, 'test')
     for key in settings.TRAIN - settings.TEST:
@@ -172,16 +182,12 @@ def test_runner(
     cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if type_of(h) not in idle]
     cfg.load_from, cfg.resume = None if exported else str(weights.find(checkpoint)), False
     weights.drop_pretrained(cfg.model)
-    if 'teacher' in cfg.model:
-        cfg.model.teacher = None
-    if tta:
-        augment_test(cfg)
     runner = Runner.from_cfg(cfg)
     if place:
         runner.model.to(place)
     if exported:
         runner.model = unwrap(runner.model)
-        attach(network(runner.model), checkpoint)
+        attach(network(runner.model), checkpoint, averaged=tta)
     return runner
 
 

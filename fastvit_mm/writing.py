@@ -34,18 +34,34 @@ def whole(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def check_target(path: Path) -> None:
+def check_target(path: str | Path, suffixes: tuple[str, ...] = (), new: bool = False) -> Path:
     """Fail before the work, not after it, if a file cannot be written; its folder is created.
+
+    Args:
+        suffixes: of names that it may have; any, if there are none.
+        new: whether it must not exist yet.
+
+    Returns:
+        ``path``, with the user's folder in place of ~.
 
     Raises:
         FastViTError: it cannot.
     """
+    path = Path(path).expanduser()
+    if suffixes and not path.name.endswith(suffixes):
+        *others, last = suffixes
+        raise FastViTError(f'{path}: give a name that ends in {", ".join(others)} or {last}')
+    if new and path.exists():
+        raise FastViTError(f'{path} exists: give another name, or --force to overwrite it')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FastViTError(f'{path.parent} cannot be created: {error.strerror}') from error
+        raise FastViTError(
+            f'cannot write {path}: {path.parent} cannot be created: {error.strerror}'
+        ) from error
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise FastViTError(f'{path} cannot be written')
+        raise FastViTError(f'cannot write {path}: it is a folder or protected')
+    return path
 
 
 def flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from test_tools import CLASSIFICATION, CONFIGS, DETECTION, ROOT, SEGMENTATION, s
 from test_weights import Hostile, build
 
 import fastvit_mm
-from fastvit_mm import FastViTError, launch
+from fastvit_mm import FastViTError, apis, launch
 from fastvit_mm.models.deploy import Deployed
 from fastvit_mm.reparameterize import mergeable
 
@@ -120,6 +120,30 @@ def test_batches(case, task, monkeypatch):
     assert computed == [1, 1]
     with pytest.raises(FastViTError, match='at least 1'):
         fastvit_mm.inference(model, images, batch_size=0)
+
+
+def test_images_of_many_sizes_do_not_pile_up():
+    """However few have the same size, only some are kept."""
+    kept, most = set(), []
+
+    class Sized(apis.Predictor):
+        def __init__(self):
+            pass
+
+        def prepare(self, image):
+            kept.add(image)
+            most.append(len(kept))
+            return image
+
+        def size(self, sample):
+            return sample if sample % 3 else 0
+
+        def compute(self, samples):
+            kept.difference_update(samples)
+            return [-one for one in samples]
+
+    assert apis.in_batches(Sized(), list(range(1, 200)), 2) == [-i for i in range(1, 200)]
+    assert max(most) <= 9 and not kept
 
 
 @tasks

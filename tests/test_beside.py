@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import fastvit_mm
 from fastvit_mm import FastViTError, launch, pictures
-from fastvit_mm.prediction import look, open_input
+from fastvit_mm.prediction import look, loop, open_input
 from fastvit_mm.prediction.beside import Beside, ahead
 
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked on Linux alone')
@@ -64,8 +65,11 @@ def test_errors_beside(processes):
             with pytest.raises(kind, match=r'^no room$'):
                 beside.result('a.png', beside.submit('a.png', kind))
         for kind in (ValueError, Odd):
-            with pytest.raises(RuntimeError, match=rf'^a\.png: cannot be drawn: {kind.__name__}'):
+            text = rf'^a\.png: cannot be drawn: {kind.__name__}'
+            with pytest.raises(RuntimeError, match=text) as raised:
                 beside.result('a.png', beside.submit('a.png', kind))
+            shown = ''.join(traceback.format_exception(raised.value))  # on every Python
+            assert ', in fail\n' in shown
     if processes:
         killed = pytest.raises(RuntimeError, match=r'^a\.png: .* killed')
         with Beside(fail, processes) as beside, killed:
@@ -174,6 +178,24 @@ def test_in_order(photos, tmp_path, batch_size, capfd):
     assert capfd.readouterr().err.count('3.png: cannot be read, skipped') == 1
 
 
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_one_bad_image(photos, tmp_path, batch_size, monkeypatch, capfd):
+    """It is skipped, alone or among others."""
+    infer = fastvit_mm.inference
+
+    def refuse(model, images, *more):
+        many = images if isinstance(images, list) else [images]
+        if any(image[0, 0, 0] == 80 for image in many):
+            raise FastViTError('smaller than 32 x 32')
+        return infer(model, images, *more)
+
+    monkeypatch.setattr(fastvit_mm, 'inference', refuse)
+    (tmp_path / 'out').mkdir()
+    skipped, found, _ = seen(photos, tmp_path / 'out', batch_size=batch_size)
+    assert skipped == 1 and found == [0, 1, 2, 3, 5, 6, 7]
+    assert '4.png: smaller than 32 x 32, skipped' in capfd.readouterr().err
+
+
 @linux
 def test_the_network_does_not_wait_for_drawing(photos, tmp_path, monkeypatch):
     """It computes an image while one before it is drawn."""
@@ -221,6 +243,24 @@ def test_an_error_of_drawing(photos, tmp_path, monkeypatch, capfd):
     assert last.startswith('error: ') and '5.png: cannot be drawn: IndexError: no such' in last
     found, names = records(out)
     assert found[:5] == [0, 1, 2, 3, 4] and len(found) == len(names)
+
+
+@pytest.mark.parametrize('processes', [0, pytest.param(2, marks=linux)])
+def test_the_first_of_two_errors(photos, tmp_path, monkeypatch, processes):
+    """Those after it are drawn all the same, and what fails among them does not take its place."""
+    out = tmp_path / 'out'
+    out.mkdir()
+
+    def draw(image, *_):
+        if image[0, 0, 0] in (80, 120):
+            raise IndexError
+        return image
+
+    monkeypatch.setattr(loop, 'number_of_processes', lambda: processes)
+    monkeypatch.setattr(pictures, 'draw', draw)
+    with pytest.raises(RuntimeError, match=r'^4\.png: cannot'):
+        seen(photos, out, batch_size=8)
+    assert records(out)[0] == [0, 1, 2, 3, 5, 7]
 
 
 def test_ctrl_c(photos, tmp_path, monkeypatch):

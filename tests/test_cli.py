@@ -1,7 +1,6 @@
-"""The command `fastvit`: its commands and their help, the package's configs by name, and what the
-options that are its own change."""
+"""The command `fastvit`: its commands and their help, the package's configs by name, and what a
+model costs."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,23 +8,23 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
 import test_tools
 import torch
 import torch.nn as nn
 import yaml
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from randomize import randomize
 from test_recipes import SIZES
-from test_tools import CLASSIFICATION, DETECTION, SEGMENTATION, refusal, shallow
+from test_tools import SEGMENTATION, refusal, shallow
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_mm
-from fastvit_mm import FastViTError, cli, complexity, configs, launch
-from fastvit_mm.evaluation.mirrored import augment_test
+from fastvit_mm import FastViTError, cli, complexity, configs
 from fastvit_mm.export import FORMATS
 from fastvit_mm.init import TASKS
+from fastvit_mm.weights.engine import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 home, tool = test_tools.home, test_tools.tool
@@ -95,6 +94,21 @@ def test_a_command_runs_as_its_tool(fastvit):
     small = ('--archs', 't8', '--sizes', 32, '--batch', 1, '--seconds', 0, '--threads', 1)
     code, out, err = fastvit('benchmark', 'deploy', *small)
     assert code == 0 and '| ratio |' in out, err
+
+
+def test_only_our_own_script_explains(tmp_path, monkeypatch):
+    """Someone else's program of this name sees a plain import, whatever it is called with."""
+    script = tmp_path / 'fastvit'
+    for argv in ([script], [script, '--help'], [script, 'train', '--help']):
+        monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+        script.write_text('from fastvit_mm.cli import main\n')
+        assert cli.only_explains()
+        script.write_text('import fastvit_mm\n')
+        assert not cli.only_explains()
+        script.write_bytes(b'\xff\xfe')
+        assert not cli.only_explains()
+        script.unlink()
+        assert not cli.only_explains()
 
 
 def test_other_programs_see_the_whole_package():
@@ -214,6 +228,13 @@ def test_mmpretrain_loads_the_authors_names(tmp_path):
     torch.save(dict(state_dict={'other': torch.ones(1)}), tmp_path / 'other.pth')
     with pytest.raises(FastViTError, match=r'other\.pth'):
         mmpretrain.get_model('fastvit_t8_in1k', pretrained=str(tmp_path / 'other.pth'))
+    authors, plain = str(tmp_path / 'authors.pth.tar'), [(r'^module\.', '')]
+    load_checkpoint(again, authors, 'cpu', False, None, revise_keys=plain)
+    with pytest.raises(FastViTError, match='revise_keys'):
+        load_checkpoint(again, authors, revise_keys=[('^a', 'b')])
+    pair = nn.Linear(1, 1)
+    torch.save(dict(state_dict={'a.' + k: v for k, v in pair.state_dict().items()}), authors)
+    load_checkpoint(pair, authors, strict=True, revise_keys=[(r'^a\.', '')])
 
 
 # ------------------------------------------------------------------------------------------- info
@@ -262,6 +283,36 @@ def test_costs_leave_nothing_out(task):
     assert all(a.multiply_adds >= b.multiply_adds for a, b in merged)
 
 
+def test_costs_of_an_auxiliary_head():
+    """Training computes it and keeps what it needs; a test does not."""
+    name, kept = 'fastvit_mm::segmentation/fpn_fastvit_t8_ade20k', []
+    for number in (0, 1, 2):
+        cfg = Config.fromfile(configs.find(name))
+        head = dict(cfg.model.decode_head, type='FCNHead', in_channels=256, channels=32)
+        head.pop('feature_strides', None)
+        heads = [dict(head, in_index=i) for i in range(number)]
+        cfg.model.auxiliary_head = None if not heads else heads[0] if number == 1 else heads
+        model = fastvit_mm.init_model(cfg)
+        found = complexity.costs(model, (64, 64))
+        kept.append(found.kept)
+        assert found.activations == complexity.costs(model, (64, 64), training=False).activations
+    assert kept[0] < kept[1] < kept[2]
+
+
+@pytest.mark.parametrize(
+    'name', ['detr/detr_r50_8xb2-150e_coco', 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco']
+)
+def test_costs_that_cannot_be_counted(name):
+    import mmdet
+
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / f'.mim/configs/{name}.py')
+    fastvit_mm.weights.drop_pretrained(cfg.model)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    with pytest.raises(FastViTError, match=f'of {type(model).__name__} .* cannot be counted'):
+        complexity.costs(model, (64, 64))
+
+
 def test_detection_costs_what_the_recipes_say():
     """G multiply-adds of a training step's forward pass in docs/reproduce.md."""
     text = (ROOT / 'docs/reproduce.md').read_text().split('## COCO')[1]
@@ -298,95 +349,5 @@ def test_info(tool, tmp_path, capfd):
         assert re.search(rf'^{name}  ', shown, re.MULTILINE), name
     assert len(re.findall(r'  1 \w+Block ', shown)) == 4
     assert len(shown.splitlines()) < 20
-    refusal(tool('info', config, '--size', 16, 64), '--size')
-
-
-# ------------------------------------------------------------------------------ options of a test
-
-
-@pytest.fixture(scope='module')
-def segmenter(tmp_path_factory):
-    """A config and a checkpoint of random weights and statistics."""
-    folder = tmp_path_factory.mktemp('segmenter')
-    config = shallow(SEGMENTATION, folder)
-    classes = {'model.decode_head.num_classes': 6}
-    model = randomize(fastvit_mm.init_model(config, cfg_options=classes))
-    torch.save(dict(state_dict=model.state_dict()), folder / 'model.pth')
-    return config, folder / 'model.pth'
-
-
-def metrics(tool, out, *args):
-    code, err = tool('test', *args, '--demo', '--out', out, '--work-dir', out.parent / 'run')
-    assert code == 0, err
-    return {k: v for k, v in json.loads(out.read_text()).items() if 'time' not in k}
-
-
-def test_batches_and_device(segmenter, tool, tmp_path, monkeypatch):
-    config = shallow(CLASSIFICATION, tmp_path)
-    cfg = fastvit_mm.demo.apply_demo(Config.fromfile(config))
-    model = randomize(fastvit_mm.init_model(cfg))
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
-    given = (config, tmp_path / 'model.pth')
-    one = metrics(tool, tmp_path / 'one.json', *given)
-    steps, places, test = [], set(), launch.Runner.test
-
-    def watched(runner):
-        places.update(p.device.type for p in runner.model.parameters())
-        runner.model.backbone.register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
-        return test(runner)
-
-    monkeypatch.setattr(launch.Runner, 'test', watched)
-    three = metrics(tool, tmp_path / 'three.json', *given, '--batch-size', 3, '--device', 'cpu')
-    assert steps == [3, 3, 2] and places == {'cpu'} and three == pytest.approx(one, abs=1e-3)
-    refusal(tool('test', *given, '--demo', '--device', 'cuda:99'), '--device cuda:99')
-    refusal(tool('test', *segmenter, '--demo', '--batch-size', 3), '--batch-size 3', 'one size')
-
-
-@pytest.mark.parametrize('form', [[], ['--reparam']], ids=['training', 'deploy'])
-def test_mirrored_images(segmenter, tool, tmp_path, form, monkeypatch):
-    """The mean of an image's probabilities and those of its mirror image, turned back."""
-    config, checkpoint = segmenter
-    out = tmp_path / 'predictions.pkl'
-    args = ('--demo', '--tta', '--out', out, '--work-dir', tmp_path / 'run', *form)
-    code, err = tool('test', config, checkpoint, *args)
-    assert code == 0, err
-    cfg = Config.fromfile(config)
-    fastvit_mm.demo.apply_demo(cfg)
-    cfg.work_dir = str(tmp_path / 'own')
-    runner = launch.test_runner(cfg, str(checkpoint))
-    runner.load_or_resume()
-    model = runner.model.eval()
-    import pickle
-
-    for item, found in zip(
-        runner.test_dataloader.dataset, pickle.loads(out.read_bytes()), strict=True
-    ):
-        turned = []
-        for image in (item['inputs'], item['inputs'].flip(2)):
-            data = model.data_preprocessor(
-                dict(inputs=[image], data_samples=[item['data_samples']]), False
-            )
-            with torch.no_grad():
-                logits = model.encode_decode(
-                    data['inputs'], [one.metainfo for one in data['data_samples']]
-                )
-            turned.append(logits.softmax(1)[0, :, : image.shape[1], : image.shape[2]])
-        mean = turned[0] + turned[1].flip(2)
-        ours = found['pred_sem_seg']['data'][0] if isinstance(found, dict) else found
-        agree = (mean.argmax(0).cpu() == torch.as_tensor(np.asarray(ours)).cpu()).float().mean()
-        assert agree > 0.995
-
-
-def test_what_cannot_be_averaged(tool, segmenter, tmp_path):
-    cfg = Config.fromfile(ROOT / DETECTION)
-    with pytest.raises(FastViTError, match='tta_model'):
-        augment_test(cfg)
-    cfg.tta_model, cfg.tta_pipeline = dict(type='DetTTAModel'), [dict(type='Own')]
-    augment_test(cfg)
-    assert cfg.model.type == 'DetTTAModel' and cfg.model.module.type == 'MaskRCNN'
-    assert cfg.test_dataloader.dataset.pipeline == [dict(type='Own')]
-    cfg = Config.fromfile(ROOT / SEGMENTATION)
-    cfg.test_dataloader.dataset.pipeline[-1].meta_keys = ('img_path', 'ori_shape')
-    augment_test(cfg)
-    pack = cfg.test_dataloader.dataset.pipeline[-1].transforms[-1][0]
-    assert set(pack.meta_keys) == {'img_path', 'ori_shape', 'flip', 'flip_direction'}
+    code, err = tool('info', config, '--size', 16, 64)
+    assert code == 2 and 'argument --size' in err and 'at least 32' in err

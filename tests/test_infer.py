@@ -23,6 +23,7 @@ from test_tools import CLASSIFICATION, CONFIGS, DETECTION, SEGMENTATION, refusal
 
 import fastvit_mm
 from fastvit_mm import FastViTError, pictures
+from fastvit_mm.prediction import open_input
 
 home, tool = test_tools.home, test_tools.tool
 tasks = pytest.mark.parametrize(
@@ -187,6 +188,23 @@ def test_video(tool, cases, task, tmp_path):
     assert [known['frame_index'] for known in coco.imgs.values()] == [0, 1, 2]
     for known, frame in zip(coco.imgs.values(), originals, strict=True):
         agree(case, task, [r for r in found if r['image_id'] == known['id']], frame)
+
+
+def test_only_one_thread_asks_a_video(tmp_path):
+    """While frames are read ahead, what is known of the file is not asked again."""
+    path, out = tmp_path / 'in' / 'a.avi', tmp_path
+    path.parent.mkdir()
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 12, (64, 48))
+    for _ in range(3):
+        film.write(np.zeros((48, 64, 3), np.uint8))
+    film.release()
+    video = open_input(str(path), out)
+    capture, video.capture = video.capture, None
+    assert len(video) == 3
+    video.write({}, np.zeros((48, 64, 3), np.uint8))
+    video.close()
+    assert cv2.VideoCapture(str(out / 'a.mp4')).get(cv2.CAP_PROP_FPS) == pytest.approx(12)
+    capture.release()
 
 
 def test_a_video_that_ends_early(tool, cases, tmp_path):

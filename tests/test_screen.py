@@ -11,11 +11,16 @@ import sys
 import threading
 import time
 import warnings
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
+from rich.console import Console
 from small_runs import ITERATIONS, At, Drawn, make_run
 
 from fastvit_mm import launch, noise
@@ -134,6 +139,38 @@ def test_warnings_stay(tmp_path, capsys):
     ]
     log = log_of(tmp_path)
     assert all(words in log for words in ('of a library', 'seen this', 'FileClient', 'an error'))
+
+
+def test_an_exception_that_is_logged(tmp_path, capsys):
+    runner = run(tmp_path)
+    capsys.readouterr()
+    try:
+        raise KeyError('lost')
+    except KeyError:
+        runner.logger.exception('a hook failed')
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ['error: a hook failed', 'Traceback (most recent call last):']
+    assert lines[-1] == "KeyError: 'lost'"
+
+
+def test_with_mlflow(tmp_path, monkeypatch):
+    """Its backend asks each handler of the logger for its stream."""
+    monkeypatch.setitem(sys.modules, 'mlflow', mlflow := MagicMock())
+    logged = dict(type='Visualizer', vis_backends=[dict(type='MLflowVisBackend')])
+    run(tmp_path, visualizer=logged).visualizer.add_scalar('loss', 0.5, 7)
+    mlflow.log_metric.assert_called_once_with('loss', 0.5, 7)
+
+
+@pytest.mark.parametrize('best', [None, 'score'])
+def test_metrics_that_are_no_numbers(best):
+    """They end no training; the bar shows one that is."""
+    saver = CheckpointHook(save_best=best, rule='greater' if best else None)
+    hook, runner = ScreenHook(), SimpleNamespace(hooks=[saver])
+    strange = dict(a=None, b='high', c=torch.ones(2), d=[1])
+    hook.after_val_epoch(runner, strange | dict(score='none'))
+    assert hook.metric == ''
+    hook.after_val_epoch(runner, strange | dict(score=0.25))
+    assert hook.metric == 'score 0.25'
 
 
 # Noise -------------------------------------------------------------------------------------
@@ -277,6 +314,13 @@ def test_a_bar_in_a_terminal(tmp_path):
     assert len([line for line in lines if line.startswith('Epoch(train)')]) == 3
     assert len([line for line in lines if line.startswith('Epoch(val)')]) == 3
     assert terminal.shown.rindex('\x1b[?25h') > terminal.shown.rfind('\x1b[?25l')
+
+
+def test_errors_in_a_file_stay_there(capsys):
+    """With a bar in the terminal and `2> errors.txt`."""
+    screen.drawn.append(screen.new_bar(Console(file=StringIO(), force_terminal=True)))
+    print('a warning', file=sys.stderr)
+    assert capsys.readouterr().err == 'a warning\n'
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -394,6 +394,8 @@ def test_cam_of_files(cases, tool, tmp_path, monkeypatch):  # noqa: F811
     refusal(tool(*command(CLASSIFICATION, '--cam', 4)), '--cam 4', 'stages 0 to 3')
     refusal(tool(*command(CLASSIFICATION, '--cam', 3, '--cam-class', 'x')), '--cam-class x')
     refusal(tool(*command(CLASSIFICATION, '--cam', 3, '--json')), 'leave out --json')
+    ignored = ('--cam', 3, '--batch-size', 1, '--score-thr', 0)
+    refusal(tool(*command(CLASSIFICATION, *ignored)), 'leave out --score-thr and --batch-size')
     refusal(tool(*command(CLASSIFICATION, '--cam-class', '3')), '--cam 3')
     refusal(tool(*command(DETECTION, '--cam', 3)), 'classifiers and segmentors')
     with pytest.raises(FastViTError, match='the classes 0 to 149'):

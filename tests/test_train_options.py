@@ -5,6 +5,7 @@ import argparse
 import copy
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ranks_program
@@ -14,6 +15,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner as BaseRunner
+from mmengine.visualization import Visualizer
 from small_runs import At, Drawn, Net, make_run
 from test_processes import CONFIGS, shallow
 from torch._dynamo import register_backend
@@ -21,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastvit_mm import FastViTError, FastViTNeck, launch
 from fastvit_mm.cli import train
+from fastvit_mm.hooks import WholeCheckpointHook
 from fastvit_mm.hooks.accumulate import split
 from fastvit_mm.running import train_options
 
@@ -281,14 +284,38 @@ def test_options_that_set_a_setting(monkeypatch):
     auto = {'default_hooks.checkpoint.save_best': 'auto'}
     with pytest.raises(FastViTError, match='save_best=METRIC'):
         settings_of('--early-stop', '2', **auto)
+    several = {'default_hooks.checkpoint.save_best': ['mIoU', 'aAcc']}
+    with pytest.raises(FastViTError, match=r'2 metrics, mIoU, aAcc: set .* to one of them'):
+        settings_of('--early-stop', '2', **several)
 
 
-def test_where_a_run_logs(monkeypatch):
+def test_seeds(capsys):
+    assert options('--seed', str(2**32 - 1)).seed == 2**32 - 1
+    for wrong in ('-1', str(2**32), 'x'):
+        with pytest.raises(SystemExit):
+            options('--seed', wrong)
+        assert 'integer from 0 to 4294967295' in capsys.readouterr().err
+
+
+def test_where_a_run_logs(monkeypatch, tmp_path):
     cfg = settings_of('--log', 'wandb', 'mlflow', 'tensorboard')
     kinds = [one['type'] for one in cfg.visualizer.vis_backends]
     known = ['WandbVisBackend', 'MLflowVisBackend', 'TensorboardVisBackend']
     assert kinds == ['LocalVisBackend', *known]
-    assert all(kind in VISBACKENDS for kind in known)
+    for name in ('wandb', 'mlflow', 'torch.utils.tensorboard'):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    backends = [VISBACKENDS.build(dict(type=kind, save_dir=str(tmp_path))) for kind in known]
+    shown = Visualizer(vis_backends=backends)
+    shown.add_scalar('loss', 0.5, 7)
+    wandb, mlflow, tensorboard = map(
+        sys.modules.get, ('wandb', 'mlflow', 'torch.utils.tensorboard')
+    )
+    wandb.init.assert_called_once_with(dir=str(tmp_path))
+    wandb.log.assert_called_once_with({'loss': 0.5}, commit=True)
+    assert str(tmp_path) in mlflow.set_tracking_uri.call_args.args[0]
+    mlflow.log_metric.assert_called_once_with('loss', 0.5, 7)
+    tensorboard.SummaryWriter.assert_called_once_with(str(tmp_path))
+    tensorboard.SummaryWriter().add_scalar.assert_called_once_with('loss', 0.5, 7)
     for name in ('wandb', 'mlflow'):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(FastViTError, match=f'--log {name} needs {name}: pip install {name}'):
@@ -312,6 +339,42 @@ def test_early_stop(rule, scores, validations, tmp_path):
     runner.val_loop.evaluator.evaluate = lambda _: dict(score=next(left))
     runner.train()
     assert runner.iter == 3 * validations
+
+
+def scored(folder, patience, scores, **more):
+    """A run of six validations with these scores, three iterations from one to the next."""
+    cfg = Config(dict(default_hooks=dict(checkpoint=dict(save_best='score', rule='greater'))))
+    train_options.stop_early(cfg, patience)
+    runner = make_run(folder, False, hooks=[*cfg.custom_hooks, *more.pop('hooks', ())], **more)
+    left = iter(scores)
+    runner.val_loop.evaluator.evaluate = lambda _: dict(score=next(left))
+    return runner
+
+
+def test_early_stop_after_an_interruption(tmp_path):
+    """What was best before, and how often nothing was better, counts after a resume, and a run
+    that has stopped stays so; with more patience it goes on."""
+
+    def die(runner):
+        raise ZeroDivisionError
+
+    scores = (50.0, 40.0, 45.0, 46.0, 47.0, 48.0)
+    with pytest.raises(ZeroDivisionError):  # the checkpoint is that of iteration 8
+        scored(tmp_path, 3, scores, hooks=[At(11, die)]).train()
+    runner = scored(tmp_path, 3, scores[2:], resume=True)
+    runner.train()
+    assert runner.iter == 12
+    again = scored(tmp_path, 3, scores[3:], resume=True)  # its last validation is made up for
+    again.train()
+    assert again.iter == 12
+    saver = next(h for h in again.hooks if isinstance(h, WholeCheckpointHook))
+    saver.save_now(again, 0, 12)
+    again = scored(tmp_path, 3, (), resume=True)
+    again.train()
+    assert again.iter == 12
+    longer = scored(tmp_path, 5, scores[4:], resume=True)
+    longer.train()
+    assert longer.iter == 18
 
 
 def test_what_early_stop_watches():

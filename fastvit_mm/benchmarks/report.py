@@ -160,16 +160,6 @@ def write(path: str | Path, save: Callable[[Path], None]) -> None:
         raise FastViTError(f'{path} cannot be written: {error.strerror}') from error
 
 
-def check_targets(json: str | None, plot: str | None) -> None:
-    """Fail before measuring, not after it, if a file cannot be written."""
-    for path in filter(None, (json, plot)):
-        write(path, lambda p: None)
-    kinds = plt.figure().canvas.get_supported_filetypes()
-    plt.close()
-    if plot and Path(plot).suffix[1:] not in kinds:
-        raise FastViTError(f'--plot {plot}: give FILE.png, .svg or .pdf')
-
-
 def bars(ratios: dict[str, Spread], title: str) -> list[Callable]:
     """A panel with a bar for each ratio and its quartiles; at 1 both sides are equal.
 

@@ -46,7 +46,18 @@ def only_explains() -> bool:
     program, *words = getattr(sys, 'argv', None) or ['']
     name = words[0] if words else ''
     asked = name not in COMMANDS or (name not in SLOW and not HELP.isdisjoint(words))
-    return Path(program).name == 'fastvit' and asked
+    return asked and is_ours(Path(program))
+
+
+def is_ours(script: Path) -> bool:
+    """Whether a script is the one that an installer has written for :func:`main`: anyone may call
+    a program of their own fastvit."""
+    if script.name != 'fastvit':
+        return False
+    try:
+        return f'from {__name__} import main' in script.read_text(encoding='utf-8')
+    except (OSError, UnicodeError):
+        return False
 
 
 def main() -> None:

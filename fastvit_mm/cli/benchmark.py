@@ -12,8 +12,9 @@ import torch
 
 from fastvit_mm.benchmarks import measure
 from fastvit_mm.benchmarks.apart import settle
-from fastvit_mm.benchmarks.report import Report, check_targets, find_section
+from fastvit_mm.benchmarks.report import Report, find_section
 from fastvit_mm.errors import FastViTError
+from fastvit_mm.writing import check_target
 
 from . import options
 
@@ -51,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise FastViTError('--device cuda needs a GPU, but none was found: leave it out')
-    check_targets(args.json, args.plot)
+    if args.json:
+        check_target(args.json)
+    if args.plot:
+        check_target(args.plot, ('.png', '.svg', '.pdf'))
     document, _, section = (args.doc or '').partition('#')
     if document:
         find_section(document, section)

@@ -15,15 +15,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--out', required=True, help='file to write: .onnx, .pt2, .xml or .mlpackage'
     )
-    parser.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (of the config's test)"
-    )
+    options.size_argument(parser)
     parser.add_argument(
         '--dynamic',
         action='store_true',
         help='accept any number of images of any size (detectors always accept any size)',
     )
-    parser.add_argument('--batch', type=int, default=1, help='images per batch (1)')
+    parser.add_argument('--batch', type=options.positive, default=1, help='images per batch (1)')
     parser.add_argument('--half', action='store_true', help='compute in float16 (torch: bfloat16)')
     parser.add_argument(
         '--with-preprocess',
@@ -56,8 +54,6 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError(
             f'--out {path}: with --format {args.format}, give a file that ends in {chosen.suffix}'
         )
-    if args.batch < 1 or min(args.size or [32]) < 32:
-        raise FastViTError('--batch must be at least 1 and --size at least 32 32')
     cfg = launch.load_config(args)
     model = fastvit_mm.init_model(cfg, args.checkpoint)
     size, *others = [tuple(args.size)] if args.size else test_sizes(model, cfg)

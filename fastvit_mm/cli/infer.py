@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', required=True, help='folder for the pictures')
     parser.add_argument('--reparam', action='store_true', help='use the deploy form')
     parser.add_argument(
-        '--score-thr', type=float, default=0.3, help='minimum score of a box, 0 to 1 (0.3)'
+        '--score-thr', type=float, metavar='SCORE', help='minimum score of a box, 0 to 1 (0.3)'
     )
     parser.add_argument('--json', action='store_true', help="also write COCO's JSON formats")
     parser.add_argument(
@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--batch-size',
         type=options.positive,
-        default=1,
         metavar='N',
         help='images that are computed together, if they have the same size (1)',
     )
@@ -70,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     from fastvit_mm.export.graphs import embeds
     from fastvit_mm.prediction import load, look, open_input
 
-    if not 0 <= args.score_thr <= 1:
-        raise FastViTError(f'--score-thr {args.score_thr} is not between 0 and 1')
+    threshold = 0.3 if args.score_thr is None else args.score_thr
+    if not 0 <= threshold <= 1:
+        raise FastViTError(f'--score-thr {threshold} is not between 0 and 1')
     out = Path(args.out)
     source = open_input(args.source, out)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -80,8 +80,12 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError('--turntable is for hand meshes: leave it out')
     if args.cam is None and args.cam_class is not None:
         raise FastViTError('--cam-class is for --cam: give a stage, such as --cam 3')
-    if args.cam is not None and (args.json or args.turntable):
-        raise FastViTError('--cam draws nothing else: leave out --json and --turntable')
+    if args.cam is not None:
+        others = ('json', 'turntable', 'score_thr', 'batch_size')
+        values = {f'--{name.replace("_", "-")}': getattr(args, name) for name in others}
+        given = [name for name, value in values.items() if value is not None and value is not False]
+        if given:
+            raise FastViTError(f'--cam draws nothing else: leave out {" and ".join(given)}')
     model = load(cfg, args.checkpoint, device, args.reparam)
     if args.cam is None and embeds(model) and not args.json:
         raise FastViTError('there is no picture of an embedding: add --json')
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
             skipped = attention.look(model, source, out, args.cam, args.cam_class)
         else:
-            how = args.score_thr, args.json, args.turntable, args.batch_size
+            how = threshold, args.json, args.turntable, args.batch_size or 1
             skipped = look(model, source, out, *how)
     except OSError as error:
         raise FastViTError(f'cannot write to {out}: {error}') from error

@@ -7,19 +7,14 @@ from . import options
 
 def main(argv: list[str] | None = None) -> None:
     parser = options.config_parser('Layers, parameters, multiply-adds and memory of a model.')
-    parser.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help="image size (the config's test size)"
-    )
+    options.size_argument(parser)
     args = parser.parse_args(argv)
 
     import fastvit_mm
     from fastvit_mm import launch
     from fastvit_mm.complexity import compare
-    from fastvit_mm.errors import FastViTError
     from fastvit_mm.export.inputs import test_sizes
 
-    if min(args.size or [32]) < 32:
-        raise FastViTError('--size must be at least 32 32')
     cfg = launch.load_config(args)
     model = fastvit_mm.init_model(cfg)
     print(compare(model, tuple(args.size) if args.size else test_sizes(model, cfg)[0]))

@@ -21,6 +21,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # NumPy's limit
+        raise argparse.ArgumentTypeError(f'{text!r} is not an integer from 0 to 4294967295')
+    return int(text)
+
+
+def side(text: str) -> int:
+    if not text.isdecimal() or int(text) < 32:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number of pixels, at least 32')
+    return int(text)
+
+
+def size_argument(parser: argparse.ArgumentParser) -> None:
+    says = "image size (of the config's test)"
+    parser.add_argument('--size', nargs=2, type=side, metavar=('H', 'W'), help=says)
+
+
 def parser(description: str, **kwargs) -> argparse.ArgumentParser:
     """A parser that knows whether it is that of a tool or of a command of `fastvit`."""
     program, *words = sys.argv

@@ -19,7 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', help='FILE.pkl for the predictions, FILE.json for the metrics')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (cuda if available)')
     parser.add_argument(
-        '--batch-size', type=options.positive, metavar='N', help="images at a time (the config's)"
+        '--batch-size',
+        type=options.positive,
+        metavar='N',
+        help="images at a time (the config's); a detector's are padded to the size of the largest, "
+        'which changes its results a little, a segmentor takes only images of one size',
     )
     parser.add_argument(
         '--tta',
@@ -29,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    from fastvit_mm import launch
+    from fastvit_mm import launch, writing
     from fastvit_mm.errors import FastViTError
     from fastvit_mm.export import is_exported
 
@@ -44,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out) if args.out else None
     if out and out.suffix not in ('.pkl', '.json'):
         raise FastViTError(f'--out {out}: give FILE.pkl for predictions or FILE.json for metrics')
+    if out:
+        writing.check_target(out)
 
     if args.batch_size:
         cfg.test_dataloader.batch_size = args.batch_size
@@ -52,15 +58,6 @@ def main(argv: list[str] | None = None) -> None:
         from mmengine.evaluator import DumpResults
 
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(out)))
-    try:
-        metrics = runner.test()
-    except AssertionError as error:
-        if not args.batch_size or 'image size in a batch' not in str(error):
-            raise
-        raise FastViTError(
-            f'--batch-size {args.batch_size}: this model takes a batch of images of one size, and '
-            'the test set has several: leave it out'
-        ) from error
+    metrics = runner.test()
     if out and out.suffix == '.json' and runner.rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')

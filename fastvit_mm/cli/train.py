@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that ``train_options.apply`` knows."""
-    parser.add_argument('--seed', type=int, metavar='N', help="random numbers' (the config's)")
+    parser.add_argument('--seed', type=options.seed, metavar='N', help="random seed (the config's)")
     parser.add_argument(
         '--deterministic',
         action='store_true',
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         choices=['tensorboard', 'wandb', 'mlflow'],
         default=[],
-        help='log there as well, TensorBoard and W&B below vis_data/, MLflow to mlruns/',
+        help='log to them as well; their files are in vis_data/ of the run',
     )
     parser.add_argument('--tensorboard', action='store_true', help='the same as --log tensorboard')
     parser.add_argument(

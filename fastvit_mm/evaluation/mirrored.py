@@ -2,6 +2,7 @@
 
 from mmengine.config import Config, ConfigDict
 
+from fastvit_mm.data import datasets_in
 from fastvit_mm.errors import FastViTError
 from fastvit_mm.settings.widths import type_of
 
@@ -23,10 +24,8 @@ def augment_test(cfg: Config) -> None:
             'tta_model and a tta_pipeline'
         )
     model = model or dict(type=MODELS[cfg.default_scope])
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # a wrapper such as RepeatDataset
-        dataset = dataset.dataset
-    dataset.pipeline = pipeline or mirrored(dataset.pipeline)
+    for dataset in datasets_in(cfg.test_dataloader):
+        dataset.pipeline = pipeline or mirrored(dataset.pipeline)
     cfg.model = ConfigDict(**model, module=cfg.model)
 
 

@@ -134,20 +134,27 @@ class Session:
         )
 
 
-def attach(model: nn.Module, path: str | Path) -> nn.Module:
+def attach(model: nn.Module, path: str | Path, averaged: bool = False) -> nn.Module:
     """Let an exported file answer in place of a model's layers, in place.
 
     What comes before and after stays the package's own: normalizing, windows, resizing to the
     original, metrics. An ONNX file runs on the model's device, if ONNX Runtime can.
 
+    Args:
+        averaged: whether several predictions for an image will be averaged.
+
     Raises:
-        FastViTError: as :class:`Session`; a file of another task or with other classes; a model
-            of which no file can be made.
+        FastViTError: as :class:`Session`; a file of another task or with other classes, or whose
+            predictions cannot be averaged; a model of which no file can be made.
     """
     session = Session(path, next(model.parameters()).device)
     task, wanted = session.info['task'], kind_of(model).task()
     if task != wanted:
         raise FastViTError(f'{path} is a {task}, the config has a {wanted}')
+    if averaged and task == 'segmentor' and 'logits' not in session.info['outputs']:
+        raise FastViTError(
+            f'{path} gives labels, which --tta cannot average: export with --output logits'
+        )
     classes, wanted = session.info['classes'], NUM_CLASSES[task](model)
     if classes and len(classes) != wanted:
         raise FastViTError(

@@ -2,6 +2,7 @@
 
 from .accumulate import AccumulateHook
 from .after_failure import AfterFailureHook
+from .early_stop import EarlyStopHook
 from .finite_loss import FiniteLossHook
 from .reparameterize import ReparameterizeHook
 from .screen import ScreenHook
@@ -13,6 +14,7 @@ from .whole_checkpoint import WholeCheckpointHook
 __all__ = [
     'AccumulateHook',
     'AfterFailureHook',
+    'EarlyStopHook',
     'FiniteLossHook',
     'ReparameterizeHook',
     'ScreenHook',

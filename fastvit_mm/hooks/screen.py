@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from numbers import Number
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ PATIENCE = 60  # seconds without a line, where there is no bar
 REDRAW = 0.2  # seconds
 
 
-class ScreenHandler(logging.Handler):
+class ScreenHandler(logging.StreamHandler):
     """Takes the place of a logger's handler for standard output.
 
     Until the run begins, it shows warnings and what this package says: configuration and
@@ -41,7 +42,8 @@ class ScreenHandler(logging.Handler):
     """
 
     def __init__(self, former: logging.Handler):
-        super().__init__(former.level)
+        super().__init__(sys.stdout)  # mmengine's MLflow backend asks a handler for its stream
+        self.setLevel(former.level)
         self.filters = former.filters
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.preparing, self.bar = True, None
@@ -51,7 +53,10 @@ class ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.show(record, record.getMessage().strip())
+            text = record.getMessage().strip()
+            if record.exc_info:
+                text += f'\n{logging.Formatter().formatException(record.exc_info)}'
+            self.show(record, text)
         except Exception:
             self.handleError(record)
 
@@ -118,6 +123,7 @@ def new_bar(console: Console) -> Progress:
         TextColumn('{task.fields[facts]}', **texts),
         console=console,
         auto_refresh=False,
+        redirect_stderr=sys.stderr.isatty(),
         expand=True,
     )
     bar.add_task('', total=None, losses='', facts='')
@@ -189,9 +195,10 @@ class ScreenHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         savers = [h for h in runner.hooks if isinstance(h, CheckpointHook) and h.save_best]
-        names = [n for h in savers for n in h.key_indicators if n in (metrics or {})]
-        for name in names or list(metrics or ())[:1]:
-            self.metric = f'{name.split("/")[-1]} {metrics[name]:.4g}'
+        numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, Number)}
+        names = [n for h in savers for n in h.key_indicators if n in numbers]
+        for name in names or list(numbers)[:1]:
+            self.metric = f'{name.split("/")[-1]} {numbers[name]:.4g}'
 
     def after_run(self, runner: Runner) -> None:
         self.restore()

@@ -6,7 +6,6 @@ import pickle
 import signal
 import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -124,6 +123,5 @@ def attempt(function: Callable, name: str, args: Iterable):
         raise
     except Exception as error:
         # An error of another library may not survive the way to the other process.
-        failed = RuntimeError(f'{name}: cannot be drawn: {type(error).__name__}: {one_line(error)}')
-        failed.__notes__ = [traceback.format_exc()]
-        raise failed from None
+        text = f'{name}: cannot be drawn: {type(error).__name__}: {one_line(error)}'
+        raise RuntimeError(text) from error  # whose traceback the pool passes on as text

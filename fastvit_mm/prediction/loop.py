@@ -49,7 +49,7 @@ def predict(model: torch.nn.Module, image: np.ndarray | None):
 
 def predictions(model: torch.nn.Module, images: list[np.ndarray | None]) -> list:
     """A prediction for each image, or the FastViTError that says what is wrong with it."""
-    with suppress(cv2.error):
+    with suppress(cv2.error, FastViTError):  # one of them: which one, is found below
         if len(images) > 1 and all(image is not None for image in images):
             return fastvit_mm.inference(model, images, len(images))
     found = []
@@ -153,6 +153,17 @@ class Report:
         return number / (time.perf_counter() - self.begin)
 
 
+def drain(report: Report, waiting: deque) -> Exception | None:
+    """Note what is still being drawn; gives the first error."""
+    first = None
+    while waiting:
+        try:
+            report.add(*waiting.popleft())
+        except Exception as error:
+            first = first or error
+    return first
+
+
 def look(
     model: torch.nn.Module,
     source: Stills | Video,
@@ -190,9 +201,11 @@ def look(
                         waiting.append((index, known, shape, drawn))
                     while len(waiting) > 2 * processes:
                         report.add(*waiting.popleft())
-            finally:
-                while waiting:
-                    report.add(*waiting.popleft())
+            except BaseException:
+                drain(report, waiting)
+                raise
+            if error := drain(report, waiting):
+                raise error
         finally:
             source.close()
             if coco:

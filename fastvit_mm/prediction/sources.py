@@ -69,12 +69,15 @@ class Video:
         self.capture = cv2.VideoCapture(source)
         if not self.capture.isOpened():
             raise FastViTError(f'{source} is neither an image nor a video that OpenCV can read')
+        # Now, because while another thread reads, nothing else may be asked.
+        self.rate = self.capture.get(cv2.CAP_PROP_FPS)
+        self.length = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         self.file, self.name = Path(source).name, Path(source).stem
         self.path, self.writer = out / f'{self.name}.mp4', None
 
     def __len__(self):
         """The number given in the file; some files give none or an estimate."""
-        return max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        return self.length
 
     def __iter__(self) -> Images:
         index = 0
@@ -86,9 +89,9 @@ class Video:
 
     def write(self, known: dict, picture: np.ndarray) -> None:
         if self.writer is None:
-            rate = self.capture.get(cv2.CAP_PROP_FPS)
+            rate = self.rate if self.rate > 0 else 25
             code, size = cv2.VideoWriter_fourcc(*'mp4v'), picture.shape[1::-1]
-            self.writer = cv2.VideoWriter(str(self.path), code, rate if rate > 0 else 25, size)
+            self.writer = cv2.VideoWriter(str(self.path), code, rate, size)
             if not self.writer.isOpened():
                 raise OSError(f'cannot create the video {self.path.name}')
         self.writer.write(picture)

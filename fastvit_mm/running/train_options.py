@@ -96,16 +96,21 @@ def stop_early(cfg: Config, patience: int) -> None:
     """End when ``patience`` validations have not improved what chooses the best checkpoint.
 
     Raises:
-        FastViTError: the config does not say what that is.
+        FastViTError: the config does not say what that is, or names several.
     """
     hook = cfg.get('default_hooks', {}).get('checkpoint', {})
     monitor = hook.get('save_best')
+    if isinstance(monitor, list | tuple):
+        raise FastViTError(
+            f'--early-stop: the config chooses best checkpoints by {len(monitor)} metrics, '
+            f'{", ".join(monitor)}: set default_hooks.checkpoint.save_best to one of them'
+        )
     if not isinstance(monitor, str) or monitor == 'auto':
         raise FastViTError(
             '--early-stop: the config does not say which metric counts: set '
             'default_hooks.checkpoint.save_best=METRIC'
         )
-    stop = dict(type='EarlyStoppingHook', monitor=monitor, patience=patience, strict=True)
+    stop = dict(type='EarlyStopHook', monitor=monitor, patience=patience, strict=True)
     stop['min_delta'] = 1e-6  # with 0, an equal value counts as an improvement
     if 'rule' in hook:
         stop['rule'] = hook.rule

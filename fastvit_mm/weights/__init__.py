@@ -6,7 +6,7 @@ converted to the names of the last (``backbone.*``, ``neck.*``, ``head.*``).
 """
 
 from .engine import install
-from .files import check_target, find, read, save, state_dict_of
+from .files import find, read, save, state_dict_of
 from .forms import convert
 from .layouts import (
     SHARED,
@@ -26,7 +26,6 @@ __all__ = [
     'SHARED',
     'arch_of',
     'authors_to_timm',
-    'check_target',
     'convert',
     'convert_file',
     'describe',

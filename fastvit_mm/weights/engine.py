@@ -15,6 +15,7 @@ from .loading import has_fastvit, load
 #: mmengine's own: with strict=False, a file whose names do not match silently loads nothing.
 lenient = PretrainedInit.__call__
 lenient_load = mmengine_checkpoint.load_checkpoint
+PLAIN = [(r'^module\.', '')]  # its default for `revise_keys`
 
 
 def initialize(self: PretrainedInit, module: nn.Module) -> None:
@@ -44,12 +45,31 @@ def load_from_openmmlab(filename: str, map_location=None) -> dict:
 
 
 def load_checkpoint(
-    model: nn.Module, filename: str, map_location=None, strict: bool = False, *args, **kwargs
+    model: nn.Module,
+    filename: str,
+    map_location=None,
+    strict: bool = False,
+    logger=None,
+    revise_keys=PLAIN,
 ) -> dict:
-    """mmengine's function, as mmpretrain's ``get_model(name, pretrained=True)`` calls it."""
-    if has_fastvit(model):
-        return load(model, filename, whole=strict)
-    return lenient_load(model, filename, map_location, strict, *args, **kwargs)
+    """mmengine's function, as mmpretrain's ``get_model(name, pretrained=True)`` calls it.
+
+    For a model with a FastViT, the file is read to the CPU, whatever ``map_location`` says, its
+    weights are copied to where the model is, and messages go to the current logger. What has
+    imported mmengine's function by name before ``fastvit_mm`` was imported keeps that one.
+
+    Raises:
+        FastViTError: a model with a FastViT and ``revise_keys`` of the caller's own; see also
+            :func:`load`.
+    """
+    if not has_fastvit(model):
+        return lenient_load(model, filename, map_location, strict, logger, revise_keys)
+    if revise_keys != PLAIN:
+        raise FastViTError(
+            f'{filename}: revise_keys is not known here, where names of weights are recognized: '
+            'leave it out'
+        )
+    return load(model, filename, whole=strict)
 
 
 # mmengine's loaders that read files; the others (torchvision://, mmcls://) call load_from_http.

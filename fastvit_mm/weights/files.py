@@ -280,20 +280,6 @@ def state_dict_of(checkpoint: dict, source) -> State:
     return checkpoint
 
 
-def check_target(path: str | Path, force: bool = False) -> Path:
-    """``path`` as a file to save weights to.
-
-    Raises:
-        FastViTError: the suffix is unknown, or the file exists and ``force`` is not set.
-    """
-    path = Path(path).expanduser()
-    if not path.name.endswith(('.pth', '.pth.tar', '.safetensors')):
-        raise FastViTError(f'{path}: give a name that ends in .pth, .pth.tar or .safetensors')
-    if path.exists() and not force:
-        raise FastViTError(f'{path} exists: give another name, or --force to overwrite it')
-    return path
-
-
 def save(checkpoint: dict, path: str | Path) -> None:
     """Write a checkpoint, or only its state dict for ``.safetensors``, completely or not at all.
 

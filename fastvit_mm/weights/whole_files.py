@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from fastvit_mm.writing import check_target
+
 from .encoders import only_encoder
-from .files import check_target, read, save, state_dict_of
+from .files import read, save, state_dict_of
 from .forms import convert
 from .layouts import SHARED, part_of, say_licence_of, to_mm
 
@@ -38,7 +40,7 @@ def convert_file(
     Raises:
         FastViTError: ``src`` cannot be used, or ``dst`` not be written.
     """
-    dst = check_target(dst, force)
+    dst = check_target(dst, ('.pth', '.pth.tar', '.safetensors'), new=not force)
     checkpoint = read(src, select=None if prefix else only_encoder)
     state = part_of(state_dict_of(checkpoint, src), prefix, src)
     state = {name: state[name] for name in only_encoder(state, src)}
