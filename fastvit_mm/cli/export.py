@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError('--batch must be at least 1 and --size at least 32 32')
     cfg = launch.load_config(args)
     model = fastvit_mm.init_model(cfg, args.checkpoint)
-    size, *others = [tuple(args.size)] if args.size else test_sizes(model, cfg)
+    (size, *others), origin = ([tuple(args.size)], '') if args.size else test_sizes(model, cfg)
     info = export(
         model,
         path,
@@ -88,5 +88,5 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     print(f'{path}: {verdict.text}')
-    print(f'takes  {description(info)}')
+    print(f'takes  {description(info)}' + (f', {origin}' if origin and info['size'] else ''))
     print(f'gives  {", ".join(info["outputs"])}; {len(info["classes"])} class names inside')

@@ -22,4 +22,4 @@ def main(argv: list[str] | None = None) -> None:
         raise FastViTError('--size must be at least 32 32')
     cfg = launch.load_config(args)
     model = fastvit_mm.init_model(cfg)
-    print(compare(model, tuple(args.size) if args.size else test_sizes(model, cfg)[0]))
+    print(compare(model, tuple(args.size) if args.size else test_sizes(model, cfg)[0][0]))
