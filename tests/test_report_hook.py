@@ -131,6 +131,15 @@ def test_files_of_others_stay(image, tmp_path):
     assert (folder / 'mine.jpg').read_text() == 'mine'
 
 
+def test_repeated_images_are_not_drawn(image, tmp_path, monkeypatch):
+    """The second of two processes has the images 1, 3 and 5, of which the test has three."""
+    monkeypatch.setattr('fastvit_mm.hooks.test_report.get_world_size', lambda: 2)
+    monkeypatch.setattr('fastvit_mm.hooks.test_report.get_rank', lambda: 1)
+    samples = [segmented(image) for _ in range(3)]
+    Test(tmp_path / 'shown', samples, [IoUMetric()], ('ant', 'bee', 'cat')).run()
+    assert [path.name for path in (tmp_path / 'shown').glob('*.jpg')] == ['00001_image.jpg']
+
+
 # ------------------------------------------------------------------------------- boxes
 
 
