@@ -19,7 +19,7 @@ LONG = 4000  # pixels: an image this long is not enlarged, however narrow it is
 DPI = 130  # of a small picture; larger ones have larger text
 LARGE = 800  # pixels, side of a square: from here on the text grows with the picture
 TOP = 5  # classes shown for a classification
-IGNORED = 255  # mmseg's label of pixels that do not count
+IGNORED = 255  # label of pixels that do not count, unless told otherwise
 
 
 def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.ndarray:
@@ -50,7 +50,10 @@ def draw(image: np.ndarray, result, meta: dict, same_size: bool = False) -> np.n
     elif 'pred_instances' in result:
         picture = instances(rgb, result.pred_instances.cpu(), meta, factor, dpi)
     else:
-        labels, meta = with_unlabelled(result.pred_sem_seg.data[0].cpu().numpy(), meta)
+        if 'pred_sem_seg' in result:
+            labels = result.pred_sem_seg.data[0].cpu().numpy()
+        else:  # the truth
+            labels, meta = with_unlabelled(result.gt_sem_seg.data[0].cpu().numpy(), meta)
         picture = overlay(rgb, labels, meta, factor)
         rows = legend(labels, meta, limit=max(4, int(rgb.shape[0] / dpi / LEGEND_ROW) - 1))
         picture = add(picture, panel(rows, dpi, bars=False), same_size)
@@ -132,13 +135,14 @@ def colours(meta: dict, count: int) -> list[tuple[int, int, int]]:
 
 
 def with_unlabelled(labels: np.ndarray, meta: dict) -> tuple[np.ndarray, dict]:
-    """Labels (H, W) whose pixels that mmseg ignores are a black class, and the ``meta`` with it."""
+    """Labels (H, W) with a black class where they are ``ignore_index``, and ``meta`` with it."""
     number = len(meta.get('classes') or ())
-    if not 0 < number <= IGNORED or not (labels == IGNORED).any():
+    unlabelled = labels == meta.get('ignore_index', IGNORED)
+    if not number or not unlabelled.any():
         return labels, meta
     palette = [*colours(meta, number), (0, 0, 0)]
     meta = dict(meta, classes=[*meta['classes'], 'not labelled'], palette=palette)
-    return np.where(labels == IGNORED, number, labels), meta
+    return np.where(unlabelled, number, labels), meta
 
 
 def enlarged(array: np.ndarray, factor: int, how: int) -> np.ndarray:

@@ -34,7 +34,7 @@ def truth_of(sample: BaseDataElement, meta: dict, faces: Tensor | None = None):
         labels = np.atleast_1d(sample.gt_label.cpu().numpy()).tolist()
         return ', '.join(pictures.class_name(meta, label) for label in labels)
     if 'gt_sem_seg' in sample:
-        return type(sample)(pred_sem_seg=sample.gt_sem_seg)
+        return type(sample)(gt_sem_seg=sample.gt_sem_seg)
     if 'gt_instances' in sample and 'bboxes' in sample.gt_instances:
         return type(sample)(pred_instances=plain_instances(sample.gt_instances))
     if 'xyz' in sample and 'verts' in sample:

@@ -6,6 +6,7 @@ Everything random is the same for an image wherever it is drawn, and losses are 
 without that, two processes would not compute the gradient of one with their images together.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import fastvit_mm  # noqa: F401  (before mmdet, which needs mmcv's operators)
 from mmdet.models.task_modules.samplers import RandomSampler
 from mmdet.registry import MODELS as DETECTORS
 from mmdet.registry import TASK_UTILS
-from mmengine.dist import all_gather, all_gather_object
+from mmengine.dist import all_gather, all_gather_object, barrier
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS, TRANSFORMS
@@ -155,10 +156,21 @@ def test(path, launcher, folder, form):
     evaluators = cfg.test_evaluator
     evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
     cfg.test_evaluator = [*evaluators, dict(type='mmengine.Order')]
+    if form == 'plain':
+        report = dict(type='TestReportHook', out_dir=str(folder / 'shown'), draw=True)
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), report]
     if form == 'reparam':
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='ReparameterizeHook')]
     (checkpoint,) = folder.glob('*.pth')
     return launch.test_runner(cfg, str(checkpoint)).test()
+
+
+def shown(folder):
+    """Images and their pictures as a test listed them, and the pictures that are there."""
+    barrier()
+    with (folder / 'images.csv').open(newline='') as file:
+        rows = [(row['image'], row['picture']) for row in csv.DictReader(file)]
+    return dict(listed=rows, drawn=sorted(path.name for path in folder.glob('*.jpg')))
 
 
 def main(out, launcher, *tasks):
@@ -168,6 +180,7 @@ def main(out, launcher, *tasks):
         results[name] = train(path, launcher, folder)
         for form in FORMS:
             results[name][form] = test(path, launcher, folder, form)
+        results[name]['shown'] = shown(folder / 'shown')
     everyone = all_gather_object(results)
     Path(out, 'results.json').write_text(json.dumps(everyone, default=float))
 

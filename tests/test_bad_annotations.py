@@ -10,7 +10,6 @@ from pycocotools.coco import COCO
 from test_bad_data import WHERE, agree, fine
 
 from fastvit_mm.data import NOTE, SPOILS, STOPS
-from fastvit_mm.data.coco import InOrder
 from fastvit_mm.demo.scenes import CLASSES
 
 drawn, data = test_bad_data.drawn, test_bad_data.data
@@ -176,7 +175,7 @@ def test_the_ap_of_a_class_bears_its_name(data, in_processes):
     for name in sorted(present):
         wanted = pytest.approx(float(name in found), abs=1e-3)
         assert results[f'coco/{name}_precision'] == wanted, (name, found, results)
-        assert InOrder.latest['segm'][order.index(name)] == wanted
+        assert metric._coco_api.precision['segm'][order.index(name)] == wanted
     assert results['coco/segm_mAP'] == pytest.approx(len(found) / len(present), abs=1e-3)
 
 

@@ -435,6 +435,7 @@ def test_upernet(models, dynamic, tmp_path):
         (CLASSIFICATION, {}, {}, None),
         (SEGMENTATION, {}, {}, (64, 64)),
         (SEGMENTATION, dict(scale=(160, 96), keep_ratio=False), {}, (96, 160)),
+        (SEGMENTATION, {}, dict(stride=(32, 16)), (64, 64)),  # mmseg needs no mode
         (SEGMENTATION, {}, dict(mode='slide', crop_size=(64, 32), stride=(32, 16)), (64, 32)),
         (DETECTION, {}, {}, None),
     ],
@@ -453,12 +454,20 @@ def test_a_static_file_takes_what_the_test_gives(models, task, steps, mode, name
         lambda module, args: seen.add(tuple(args[0].shape[2:])) and None
     )
     fastvit_mm.inference(model, list(islice(real_files(cfg), 16)))
-    found = sizes_in_test(model, cfg)
+    found, origin = sizes_in_test(model, cfg)
+    if mode.get('mode') == 'slide':
+        assert origin == 'the sliding window of the test'
+    else:
+        number = min(16, len(list(real_files(cfg))))
+        assert origin.startswith('the most frequent' if len(found) > 1 else 'the size')
+        assert origin.endswith(f' of the first {number} test images')
     if task == DETECTION:  # whose graph pads to multiples of 32
         found = {tuple(-(-n // 32) * 32 for n in size) for size in found}
     assert set(found) == seen
     dataset.data_root = 'nowhere'  # then the steps say what they can
-    assert named in (None, *sizes_in_test(model, cfg))
+    found, origin = sizes_in_test(model, cfg)
+    assert named in (None, *found)
+    assert origin.startswith(('the size in the test pipeline', 'the sliding window of the test'))
 
 
 def test_half(models, tmp_path):

@@ -166,6 +166,19 @@ def test_two_processes_test_as_one(results, task):
         assert any(value > 0 for value in first[form].values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('task', CONFIGS)
+def test_two_processes_show_each_image_once(results, task):
+    images = []
+    for run in (results['1'][0][task], results['2'][0][task]):
+        listed, drawn = run['shown']['listed'], run['shown']['drawn']
+        assert drawn == [picture for _, picture in listed] and len(drawn) == 7
+        for number, (image, picture) in enumerate(listed, 1):
+            assert picture == f'{number:05d}_{Path(image).stem}.jpg'
+        images.append({Path(image).name for image, _ in listed})
+    assert images[0] == images[1] and len(images[0]) == 7
+
+
 class Shelf(SimpleHTTPRequestHandler):
     """Serves files and counts what is asked for."""
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     cfg = launch.load_config(args)
     model = fastvit_mm.init_model(cfg, args.checkpoint)
-    size, *others = [tuple(args.size)] if args.size else test_sizes(model, cfg)
+    (size, *others), origin = ([tuple(args.size)], '') if args.size else test_sizes(model, cfg)
     info = export(
         model,
         path,
@@ -84,5 +84,5 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     print(f'{path}: {verdict.text}')
-    print(f'takes  {description(info)}')
+    print(f'takes  {description(info)}' + (f', {origin}' if origin and info['size'] else ''))
     print(f'gives  {", ".join(info["outputs"])}; {len(info["classes"])} class names inside')

@@ -17,4 +17,4 @@ def main(argv: list[str] | None = None) -> None:
 
     cfg = launch.load_config(args)
     model = fastvit_mm.init_model(cfg)
-    print(compare(model, tuple(args.size) if args.size else test_sizes(model, cfg)[0]))
+    print(compare(model, tuple(args.size) if args.size else test_sizes(model, cfg)[0][0]))

@@ -245,12 +245,10 @@ class MetricCOCO(SoundCOCO):
 class InOrder:
     """pycocotools sorts the classes by id; mmdet then names them by their places in the config.
 
-    Attributes:
-        latest: average precision of each class in the config's order, 0 to 1, nan for a class
-            without objects; by what was compared, ``bbox`` or ``segm``, in the last evaluation.
+    It leaves at the annotations that it was given (``cocoGt.precision``) the average precision of
+    each class in the config's order, 0 to 1, nan for a class without objects, by what was compared:
+    ``bbox`` or ``segm``.
     """
-
-    latest: dict[str, np.ndarray] = {}
 
     def evaluate(self) -> None:
         self.asked = list(self.params.catIds)
@@ -266,7 +264,8 @@ class InOrder:
             known = np.where(precision > -1, precision, np.nan).reshape(-1, len(places))
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', RuntimeWarning)  # a mean of nothing
-                self.latest[self.params.iouType] = np.nanmean(known, axis=0)
+                means = np.nanmean(known, axis=0)
+            vars(self.cocoGt).setdefault('precision', {})[self.params.iouType] = means
 
 
 class OrderedCOCOeval(InOrder, coco_metric.COCOeval):

@@ -134,6 +134,13 @@ def padded(image: np.ndarray | None, height: int, width: int) -> np.ndarray:
     return cell
 
 
+def ignore_index(model: dict) -> int:
+    """The label of pixels that a config's segmentor does not learn."""
+    head = model.get('decode_head') or {}
+    last = head[-1] if isinstance(head, list) else head
+    return last.get('ignore_index', pictures.IGNORED)
+
+
 def write_sheet(cfg: Config, preprocessor: nn.Module, path: Path) -> Path:
     """Write a sheet of a config's training images, the same at every call; gives its path.
 
@@ -146,15 +153,19 @@ def write_sheet(cfg: Config, preprocessor: nn.Module, path: Path) -> Path:
     """
     path = path if path.suffix.lower() in SUFFIXES else path / 'train.png'
     loader = dict(cfg.train_dataloader, num_workers=0, persistent_workers=False)
+    for needs_workers in ('prefetch_factor', 'multiprocessing_context'):
+        loader.pop(needs_workers, None)
+    meta = dict(ignore_index=ignore_index(cfg.model))
     set_random_seed(0)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         dataset = build_checked(loader, seed=0).dataset
         samples = list(augmented(dataset, preprocessor))
+        meta |= dataset.metainfo
     if not samples:
         raise FastViTError('the training set is empty: there is nothing to show')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _, content = cv2.imencode(path.suffix, contact_sheet(samples, dataset.metainfo))
+        _, content = cv2.imencode(path.suffix, contact_sheet(samples, meta))
         path.write_bytes(content)
     except OSError as error:
         raise FastViTError(f'cannot write {path}: {error.strerror}') from error

@@ -8,7 +8,7 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
-from fastvit_mm.pictures import class_name
+from fastvit_mm.pictures import IGNORED, class_name
 
 SCORE, OVERLAP = 0.3, 0.5  # of a box that counts, and with the object that it finds
 
@@ -20,15 +20,15 @@ class Task:
     Attributes:
         measure: of an image, by which images are ordered.
         higher_is_better: of the measure.
-        judge: from a sample (a dict), the names of the classes and a box's least score; None
-            without truth.
+        judge: from a sample (a dict), the data set's meta (``classes``, ``ignore_index``) and a
+            box's least score; None without truth.
         unit: of the confusion matrix; '' if there is none.
         has_background: whether its last class stands for nothing.
     """
 
     measure: str
     higher_is_better: bool
-    judge: Callable[[dict, Sequence[str], float], 'Judged | None']
+    judge: Callable[[dict, dict, float], 'Judged | None']
     unit: str = ''
     has_background: bool = False
 
@@ -39,7 +39,7 @@ class Judged:
 
     Attributes:
         value: of the task's measure.
-        says: in words, for people.
+        details: in words, for people.
         pairs: (n, 3) int64: true class, predicted class, how often. In a detection, the number of
             classes stands for the background.
         errors: of the joints of a hand, (21,) mm.
@@ -48,36 +48,38 @@ class Judged:
     """
 
     value: float
-    says: str
+    details: str
     pairs: np.ndarray
     errors: np.ndarray | None = None
     path: str = ''
     picture: str = ''
 
 
-def judge_class(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
+def judge_class(sample: dict, meta: dict, score: float) -> Judged | None:
     """Cross-entropy of the predicted probabilities."""
     truth = sample.get('gt_label')
     if truth is None or truth.numel() != 1 or sample['pred_label'].numel() != 1:
         return None  # several labels have no confusion matrix
     chances, truth = sample['pred_score'].double(), int(truth)
+    if truth >= len(chances):
+        return None  # a class that the model does not know
     found = int(sample['pred_label'])
     loss = float(-chances[truth].clamp(min=1e-12).log())
-    names = [class_name(dict(classes=classes), label) for label in (truth, found)]
-    says = f'{names[0]}, {chances[truth]:.1%}'
+    names = [class_name(meta, label) for label in (truth, found)]
+    details = f'{names[0]}, {chances[truth]:.1%}'
     if found != truth:
-        says += f', taken for {names[1]}, {chances[found]:.1%}'
-    return Judged(loss, says, np.array([[truth, found, 1]]))
+        details += f', taken for {names[1]}, {chances[found]:.1%}'
+    return Judged(loss, details, np.array([[truth, found, 1]]))
 
 
-def judge_pixels(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
+def judge_pixels(sample: dict, meta: dict, score: float) -> Judged | None:
     """Mean IoU of the classes that are in the image or were predicted there, 0 to 1."""
     if 'gt_sem_seg' not in sample:
         return None
-    number = len(classes)
     found = sample['pred_sem_seg']['data'].flatten().cpu().long()
     truth = sample['gt_sem_seg']['data'].flatten().cpu().long()
-    counts = truth < number  # the rest is not labelled
+    number = max(len(meta.get('classes') or ()), int(found.max()) + 1)
+    counts = (truth < number) & (truth != meta.get('ignore_index', IGNORED))
     table = torch.bincount(truth[counts] * number + found[counts], minlength=number**2)
     table = table.view(number, number).numpy()
     rates = class_rates(table)
@@ -89,7 +91,7 @@ def judge_pixels(sample: dict, classes: Sequence[str], score: float) -> Judged |
     return Judged(value, f'{right:.1%} of the pixels right', pairs)
 
 
-def judge_boxes(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
+def judge_boxes(sample: dict, meta: dict, score: float) -> Judged | None:
     """F1 of the boxes that score at least ``score``: each object has one box with an IoU of
     :data:`OVERLAP`, if possible of its own class."""
     from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
@@ -112,7 +114,8 @@ def judge_boxes(sample: dict, classes: Sequence[str], score: float) -> Judged | 
     if len(loose) and len(ignored.get('bboxes', ())):  # crowds, where boxes do not count
         inside = bbox_overlaps(boxes[loose], get_box_tensor(ignored['bboxes']).cpu().float(), 'iof')
         loose = loose[inside.numpy().max(1) < OVERLAP]
-    background = [np.full(len(part), len(classes)) for part in (missed, loose)]
+    nothing = len(meta.get('classes') or ())
+    background = [np.full(len(part), nothing) for part in (missed, loose)]
     pairs = np.stack(
         [
             np.concatenate([names[rows], missed, background[1]]),
@@ -123,11 +126,12 @@ def judge_boxes(sample: dict, classes: Sequence[str], score: float) -> Judged | 
     right = int(same[rows, columns].sum())
     wrong = len(rows) - right
     total = len(names) + len(rows) + len(loose)
-    says = f'{right} of {len(names)} found, {wrong} of wrong class, {len(loose)} where nothing is'
-    return Judged(2 * right / total if total else 1.0, says, np.vstack([pairs, times]).T)
+    details = f'{right} of {len(names)} found, {wrong} of wrong class'
+    details += f', {len(loose)} where nothing is'
+    return Judged(2 * right / total if total else 1.0, details, np.vstack([pairs, times]).T)
 
 
-def judge_hand(sample: dict, classes: Sequence[str], score: float) -> Judged | None:
+def judge_hand(sample: dict, meta: dict, score: float) -> Judged | None:
     """PA-MPJPE: mean distance of the joints after alignment, mm."""
     from fastvit_mm.hand_mesh.metric import align
 
@@ -135,8 +139,8 @@ def judge_hand(sample: dict, classes: Sequence[str], score: float) -> Judged | N
         return None
     found, truth = (sample[key].cpu().double().numpy()[None] for key in ('pred_xyz', 'xyz'))
     errors = 1000 * np.linalg.norm(align(found, truth) - truth, axis=-1)[0]
-    says = f'worst joint {errors.max():.1f} mm off'
-    return Judged(float(errors.mean()), says, np.zeros((0, 3), np.int64), errors)
+    details = f'worst joint {errors.max():.1f} mm off'
+    return Judged(float(errors.mean()), details, np.zeros((0, 3), np.int64), errors)
 
 
 TASKS = {
@@ -192,11 +196,10 @@ class PerImage(BaseMetric):
         self.judged: list[Judged] = []
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
-        classes = self.dataset_meta.get('classes') or ()
         for sample in data_samples:
             self.task = task_of(sample)
             known = self.task and (self.boxes_fit or not self.task.has_background)
-            one = self.task.judge(sample, classes, self.score_thr) if known else None
+            one = self.task.judge(sample, self.dataset_meta, self.score_thr) if known else None
             if one is not None:
                 one.path = str(sample.get('img_path') or '')
             self.results.append(one)

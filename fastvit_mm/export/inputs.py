@@ -32,16 +32,23 @@ def description(info: dict) -> str:
     return f'float32 RGB, normalized, ({batch}, 3, {size[0]}, {size[1]})'
 
 
-def test_sizes(model: nn.Module, cfg: Config) -> list[tuple[int, int]]:
-    """Heights and widths that the network sees in the config's own test, the most frequent first.
+def test_sizes(model: nn.Module, cfg: Config) -> tuple[list[tuple[int, int]], str]:
+    """Heights and widths that the network sees in the config's own test, the most frequent first,
+    and in words what the first one is.
 
     They are those of the first images of the test set; without one, what the pipeline names.
     """
-    if cfg.default_scope == 'mmseg' and model.test_cfg.mode == 'slide':
-        return [tuple(model.test_cfg.crop_size)]
+    if cfg.default_scope == 'mmseg' and model.test_cfg.get('mode', 'whole') == 'slide':
+        return [tuple(model.test_cfg.crop_size)], 'the sliding window of the test'
     paths = (path for path in real_files(cfg) if wrong_with(path) is None)
     found = Counter(size_in_test(model, cfg, path) for path in islice(paths, LOOKED_AT))
-    return [size for size, _ in found.most_common()] or [named_size(cfg)]
+    if found:
+        first = f'of the first {found.total()} test images'
+        what = 'most frequent size' if len(found) > 1 else 'size'
+        return [size for size, _ in found.most_common()], f'the {what} {first}'
+    if size := named_size(cfg):
+        return [size], 'the size in the test pipeline, as there is no test set'
+    return [SIZES[cfg.default_scope]], "the paper's size, as the config names none"
 
 
 def size_in_test(model: nn.Module, cfg: Config, path: Path) -> tuple[int, int]:
@@ -55,15 +62,15 @@ def size_in_test(model: nn.Module, cfg: Config, path: Path) -> tuple[int, int]:
     return tuple(model.data_preprocessor(pseudo_collate([packed]), False)['inputs'].shape[-2:])
 
 
-def named_size(cfg: Config) -> tuple[int, int]:
-    """Height and width that the steps of the config's test pipeline name."""
+def named_size(cfg: Config) -> tuple[int, int] | None:
+    """Height and width that the steps of the config's test pipeline name, if they do."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
     size, keeps_ratio = None, False
     for step in dataset.get('pipeline', []):
         size = step.get('crop_size') or step.get('scale') or size
         keeps_ratio = step.get('keep_ratio', keeps_ratio)
     if size is None:
-        return SIZES[cfg.default_scope]
+        return None
     if isinstance(size, int):
         return size, size
     if not keeps_ratio:

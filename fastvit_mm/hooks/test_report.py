@@ -1,16 +1,19 @@
 """OpenMMLab hook: after a test, what each class and each image came to."""
 
-import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine import fileio
-from mmengine.dist import barrier, get_rank, is_main_process
+from mmengine.dist import barrier, get_rank, get_world_size, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.utils.data import Dataset
 
 from fastvit_mm.reparameterize import unwrap
+
+from .reparameterize import one_outcome
 
 COLUMNS = dict(bbox='box AP', segm='mask AP')
 
@@ -27,6 +30,9 @@ class TestReportHook(Hook):
         out_dir: the folder; None for that of the run's log.
         draw: whether to draw pictures.
         score_thr: least score of a box that counts and is drawn.
+
+    Raises:
+        FastViTError: the folder has other files of these names; before the test.
     """
 
     __test__ = False  # for pytest
@@ -36,37 +42,40 @@ class TestReportHook(Hook):
         self.draw, self.score_thr = draw, score_thr
 
     def before_test_epoch(self, runner: Runner) -> None:
-        from fastvit_mm.evaluation.after_test import UNSORTED
+        from fastvit_mm.evaluation.after_test import UNSORTED, prepare
         from fastvit_mm.evaluation.per_image import PerImage
 
         evaluator = runner.test_loop.evaluator
         evaluator.metrics = [m for m in evaluator.metrics if not isinstance(m, PerImage)]
-        if 'fastvit_mm.data.coco' in sys.modules:
-            sys.modules['fastvit_mm.data.coco'].InOrder.latest.clear()
+        for found in precisions(evaluator):
+            found.clear()
         self.metric = PerImage(self.score_thr, boxes_fit=resized_before(runner))
-        self.metric.dataset_meta = evaluator.dataset_meta or {}
+        ignored = ignore_index(evaluator, runner.test_loop.dataloader.dataset)
+        self.metric.dataset_meta = dict(evaluator.dataset_meta or {}, ignore_index=ignored)
         evaluator.metrics.append(self.metric)
         self.folder = self.out_dir or Path(runner.log_dir)
-        self.unsorted, self.drawn = self.folder / UNSORTED, 0
-        if self.draw and is_main_process():
-            shutil.rmtree(self.unsorted, ignore_errors=True)  # of a test that was interrupted
-            self.unsorted.mkdir(parents=True)
-        barrier()
+        self.unsorted, self.seen = self.folder / UNSORTED, 0
+        with one_outcome():
+            if is_main_process():
+                prepare(self.folder, self.draw)
 
     def after_test_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
         if not self.draw:
             return
         import mmcv
 
+        number = len(runner.test_loop.dataloader.dataset)
         for sample, judged in zip(outputs, self.metric.results[-len(outputs) :], strict=True):
+            place = self.seen * get_world_size() + get_rank()  # in the test of all processes
+            self.seen += 1
+            if place >= number:
+                continue  # samplers repeat images until each process has as many
             picture = self.picture(runner, sample, judged)
             if picture is not None:
-                # unique among the images of all processes, and in the order of the test
-                name = f'{self.drawn:06d}-{get_rank()}_{Path(sample.img_path).stem}.jpg'
+                name = f'{place:09d}_{Path(sample.img_path).stem}.jpg'
                 mmcv.imwrite(picture, str(self.unsorted / name))
                 if judged is not None:
                     judged.picture = name
-            self.drawn += 1
 
     def picture(self, runner: Runner, sample, judged):
         """Truth and prediction with a caption, BGR uint8; None for an image without a file."""
@@ -80,7 +89,7 @@ class TestReportHook(Hook):
             return None
         caption = Path(path).name
         if judged is not None:
-            caption += f'    {self.metric.task.measure} {judged.value:.3g}: {judged.says}'
+            caption += f'    {self.metric.task.measure} {judged.value:.3g}: {judged.details}'
         meta = self.metric.dataset_meta
         faces = getattr(getattr(unwrap(runner.model), 'head', None), 'faces', None)
         truth = truth_of(sample, meta, faces)
@@ -95,22 +104,35 @@ class TestReportHook(Hook):
             return
         from fastvit_mm.evaluation.after_test import write
 
-        table = write(self.metric, self.folder, self.average_precision())
+        table = write(self.metric, self.folder, self.average_precision(runner))
         if table:
             if self.metric.task.unit != 'pixels':  # mmseg's own metric shows such a table
                 runner.logger.info(f'per class{", in %" * bool(self.metric.task.unit)}:\n{table}')
             runner.logger.info(f'tables, the worst images first: {self.folder}')
 
-    def average_precision(self) -> dict:
+    def average_precision(self, runner: Runner) -> dict:
         """Of each class, an array by its column's name, as mmdet's metric has just computed it."""
-        if self.metric.task is None or self.metric.task.measure != 'F1':
-            return {}
-        from fastvit_mm.data.coco import InOrder
-
         number = len(self.metric.dataset_meta.get('classes') or ())
         return {
-            COLUMNS[k]: v for k, v in InOrder.latest.items() if k in COLUMNS and len(v) == number
+            COLUMNS[key]: values
+            for found in precisions(runner.test_loop.evaluator)
+            for key, values in found.items()
+            if key in COLUMNS and len(values) == number
         }
+
+
+def precisions(evaluator: Evaluator) -> Iterator[dict]:
+    """What mmdet's metrics found for each class, see :mod:`fastvit_mm.data.coco`."""
+    for metric in evaluator.metrics:
+        yield getattr(getattr(metric, '_coco_api', None), 'precision', {})
+
+
+def ignore_index(evaluator: Evaluator, dataset: Dataset) -> int:
+    """The label of pixels that do not count: the metric's or else the data set's."""
+    from fastvit_mm.pictures import IGNORED
+
+    given = [getattr(one, 'ignore_index', None) for one in (*evaluator.metrics, dataset)]
+    return next((one for one in given if one is not None), IGNORED)
 
 
 def resized_before(runner: Runner) -> bool:

@@ -1,1 +1,0 @@
-"""What a network is trained on: images with their labels after all augmentation, on one sheet."""
