@@ -77,7 +77,9 @@ def read(tree: Tree, val: float, seed: int) -> Found:
 
 def add_areas(content: dict) -> bool:
     """Give objects without an area that of their box; whether none lacked one."""
-    lacking = [o for o in content['annotations'] if 'area' not in o and len(o.get('bbox', ())) == 4]
+    lacking = [
+        o for o in content['annotations'] if 'area' not in o and len(o.get('bbox') or ()) == 4
+    ]
     for one in lacking:
         one['area'] = one['bbox'][2] * one['bbox'][3]
     return not lacking

@@ -176,7 +176,7 @@ def size_of(path: Path) -> tuple[int, int]:
     try:
         with opened(path) as image:
             width, height = image.size
-            turns = image.format not in ('TIFF', 'WEBP')  # which OpenCV does not turn
+            turns = image.format not in ('TIFF', 'WEBP')  # read as Pillow gives them
             turned = turns and 5 <= image.getexif().get(0x0112, 1) <= 8
     except Exception as error:  # each format has its own errors
         raise FastViTError(f'{path} {why_undecodable(path)}') from error

@@ -17,7 +17,7 @@ def lies_in(tree: Tree) -> str | None:
 
 
 def is_voc(tree: Tree, path: Path) -> bool:
-    return b'<annotation' in (tree.root / path).read_bytes()[:1000]
+    return bool(re.search(rb'<annotation[\s>]', (tree.root / path).read_bytes()[:1000]))
 
 
 def parse(tree: Tree, path: Path) -> ElementTree.Element:
