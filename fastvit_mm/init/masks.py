@@ -210,11 +210,8 @@ def choose_unlabelled(ids: list, names: dict, given: str | None) -> tuple[list, 
 def default_name(one: int | str, ids: list) -> str:
     if one in (0, '#000000'):
         return 'background'
-    return (
-        'object'
-        if len(ids) == 2 and ids[0] in (0, '#000000')
-        else f'class_{str(one).removeprefix("#")}'
-    )
+    beside_background = len(ids) == 2 and ids[0] in (0, '#000000')
+    return 'object' if beside_background else f'class_{str(one).removeprefix("#")}'
 
 
 def find(
