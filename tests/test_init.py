@@ -123,7 +123,6 @@ def test_what_is_drawn():
     'path, split',
     [
         ('valid/a', 'val'),
-        ('instances_val2017.json', 'val'),
         ('Train-images', 'train'),
         ('testing', 'test'),
         ('trainers/a', None),
@@ -477,7 +476,7 @@ def test_shapes_of_labelme(tmp_path):
     assert found == dict(box=[10, 5, 30, 20], disc=[25, 15, 35, 25], cat=[0, 0, 14, 4])
     areas = {a['area'] for a in json.loads((tmp_path / 'out/val.json').read_text())['annotations']}
     assert 32 in areas and any(abs(a - 25 * math.pi) < 1 for a in areas)
-    assert '2 points and lines' in said and 'only' in said
+    assert '2 points, lines' in said and 'only' in said
 
 
 def test_difficult_objects_of_voc(tmp_path):
@@ -498,7 +497,7 @@ def test_lists_of_voc(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('\n'.join(f'{i:04d}' for i in names))
     _, said = written(tmp_path, 'detection')
-    assert '6 train, 2 val (as the folders say)' in said
+    assert '6 train, 2 val (as the folders say; 2 images beside them are not used' in said
 
 
 # -------------------------------------------------------------------------------- what is refused

@@ -95,13 +95,15 @@ class MaskPairs(BaseSegDataset):
         unlabelled: numbers or colours of pixels that are neither learned nor measured.
 
     Raises:
-        FastViTError: not as many ids as classes, or a line without a tab.
+        FastViTError: not as many ids as classes, more than 255, or a line without a tab.
     """
 
     def __init__(self, ids: Sequence, unlabelled: Sequence = (), metainfo=None, **kwargs):
         classes = (metainfo or {}).get('classes', ())
         if len(ids) != len(classes) or not len(ids):
             raise FastViTError(f'MaskPairs has {len(ids)} ids for {len(classes)} classes')
+        if len(ids) > IGNORED:
+            raise FastViTError(f'MaskPairs has {len(ids)} classes, but labels are 0 to 254')
         self.ids = tuple(ids), tuple(unlabelled)
         super().__init__(metainfo=metainfo, **kwargs)
 

@@ -9,7 +9,7 @@ from fastvit_mm.models.archs import ARCHS
 from . import boxes, config, folders, masks
 from .found import Found
 from .recipe import Machine, recipe
-from .tree import Tree, median_size, plain
+from .tree import SPLITS, Tree, almost_splits, is_written, median_size, name_of, plain
 
 __all__ = ['TASKS', 'Found', 'Machine', 'init']
 
@@ -65,7 +65,11 @@ def init(
         found = masks.find(tree, val, seed, names, unlabelled)
     else:
         found = boxes.find(tree, val, seed, layout)
-    median = median_size(images_of(task, found))
+    if odd := almost_splits(tree.images):
+        found.say(
+            f'note: {", ".join(odd[:5])} are not taken for splits: name them train, val, test'
+        )
+    median = median_size(images_of(found))
     numbers = recipe(task, len(found.splits['train']), median, bool(pretrained), machine)
     if task == 'detection':
         found.details['anchor'] = boxes.anchor(found, numbers.size)
@@ -102,10 +106,8 @@ def weights_for(arch: str, pretrained: str | None) -> str | None:
     return pretrained
 
 
-def images_of(task: str, found: Found) -> list[Path]:
-    samples = [one for part in found.splits.values() for one in part]
-    names = [one['file_name'] if task == 'detection' else one[0] for one in samples]
-    return [found.root / one for one in names]
+def images_of(found: Found) -> list[Path]:
+    return [found.root / name_of(one) for part in found.splits.values() for one in part]
 
 
 def files_of(task: str, found: Found) -> dict[str, str]:
@@ -126,6 +128,9 @@ def files_of(task: str, found: Found) -> dict[str, str]:
 def save(out: Path, texts: dict[str, str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if is_written(out):  # splits that the data no longer has
+            for name in {f'{s}{end}' for s in SPLITS for end in ('.txt', '.json')} - {*texts}:
+                (out / name).unlink(missing_ok=True)
         for name, text in texts.items():
             (out / name).write_text(text, encoding='utf-8')
     except OSError as error:
@@ -138,7 +143,7 @@ def report(out: Path, found: Found, median: tuple[int, int], texts: dict[str, st
     where = shown(found.root)
     return [
         f'{found.layout} in {where}: {counts} ({found.how}), {median[0]} x {median[1]} pixels',
-        f'{len(found.classes)} classes: {names}',
+        f'{len(found.classes)} class{"es" * (len(found.classes) > 1)}: {names}',
         *found.lines,
         f'wrote {", ".join(shown(out / name) for name in texts)}',
         f'next: fastvit train {shown(out / "config.py")}',

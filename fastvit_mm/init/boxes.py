@@ -33,6 +33,8 @@ def find(tree: Tree, val: float, seed: int, layout: str | None = None) -> Found:
         FastViTError: none or several layouts, or annotations of no use; says which.
     """
     if tree.asked:
+        if isinstance(error := tree.jsons.get(tree.asked.relative_to(tree.root)), FastViTError):
+            raise error
         layout = layout or NAMED.get(tree.asked.suffix.lower())
     there = {name: what for name, one in LAYOUTS.items() if (what := one.lies_in(tree))}
     if layout and layout not in there:
@@ -46,8 +48,12 @@ def find(tree: Tree, val: float, seed: int, layout: str | None = None) -> Found:
     if not layout and len(there) > 1:
         both = ' and '.join(f'{name} ({what})' for name, what in there.items())
         raise FastViTError(f'{tree.root} has {both}: say which with --layout {"|".join(there)}')
+    layout = layout or next(iter(there))
+    broken = [one for one in tree.jsons.values() if isinstance(one, FastViTError)]
+    if broken and layout in ('coco', 'labelme') and not tree.asked:
+        raise broken[0]
     try:
-        found = LAYOUTS[layout or next(iter(there))].read(tree, val, seed)
+        found = LAYOUTS[layout].read(tree, val, seed)
     except KeyError as error:
         raise FastViTError(f'{tree.root}: an annotation lacks {error}') from error
     describe(found)
@@ -65,7 +71,10 @@ def describe(found: Found) -> None:
     shown = ', '.join(f'{name} {number[i]}' for i, name in enumerate(found.classes[:20]))
     found.say(f'{len(objects)} objects: {shown}{" ..." if len(found.classes) > 20 else ""}')
     if 0 < outlined < len(objects):
-        found.say(f'note: {outlined} of {len(objects)} have outlines: boxes only')
+        images = (i for part in found.splits.values() for i in part)
+        lacks = next(i for i in images if not all(o.get('segmentation') for o in i['annotations']))
+        one = f'{lacks["file_name"]} has one without'
+        found.say(f'note: {outlined} of {len(objects)} have outlines, {one}: boxes only')
     else:
         found.say('outlines: boxes and masks are learned' if outlined else 'boxes only')
     if never := [name for i, name in enumerate(found.classes) if not number[i]]:

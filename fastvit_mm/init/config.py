@@ -39,7 +39,7 @@ def head(found: Found, base: str) -> list[str]:
         f"_base_ = 'fastvit_mm::{base}'",
         '',
         f'data_root = {str(found.root)!r}',
-        "here = '{{ fileDirname }}'  # the folder of this file",
+        'here = """{{ fileDirname }}"""  # the folder of this file',
         "work_dir = here + '/run'",
         f'classes = {tuple_of(found.classes)}',
     ]
@@ -156,7 +156,7 @@ BOTH_HEADS = [
 
 def detection(found: Found, machine: Machine, arch: str) -> tuple:
     outlines, anchor = found.details['outlines'], found.details['anchor']
-    own = [f'anchor = {anchor}  # of a level of stride 4 to 64: fits the median object']
+    own = [f'anchor = {anchor}  # of a level of stride 4 to 64: fits the smaller objects']
     limits = []
     if not machine.gpu:
         own.append(f'regions = {REGIONS}  # learned from in an image; 512 with a GPU')

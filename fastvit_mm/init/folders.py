@@ -17,9 +17,10 @@ def find(tree: Tree, val: float, seed: int) -> Found:
     """
     root = descend(tree)
     splits, beside, classes = {}, [], set()
+    named = split_folders(tree, root)
     for path in tree.images:
         inside = path.relative_to(root)
-        split = split_of(inside.parts[0]) if len(inside.parts) > 1 else None
+        split = named.get(inside.parts[0]) if len(inside.parts) > 1 else None
         parts = inside.parts[1:] if split else inside.parts
         if len(parts) < 2:
             beside.append(path)
@@ -31,7 +32,8 @@ def find(tree: Tree, val: float, seed: int) -> Found:
         classes = {name for samples in splits.values() for _, name in samples}
     names = sorted(classes)
     check(tree, names)
-    labelled = {s: [(p, names.index(n)) for p, n in found] for s, found in splits.items()}
+    labels = {name: label for label, name in enumerate(names)}
+    labelled = {s: [(p, labels[n]) for p, n in found] for s, found in splits.items()}
     parts, how = divide(labelled, val, seed, lambda samples: [label for _, label in samples])
     found = Found('class folders', tree.root, tuple(names), parts, how)
     for split in ('train', 'val'):
@@ -43,13 +45,23 @@ def find(tree: Tree, val: float, seed: int) -> Found:
     return found
 
 
+def split_folders(tree: Tree, root: Path) -> dict[str, str]:
+    """The split of each folder in the root that is named as one; nothing if these are classes of
+    that name: others have images, and none of these has folders."""
+    inside = [one.relative_to(root).parts for one in tree.images if one.is_relative_to(root)]
+    folders = {parts[0] for parts in inside if len(parts) > 1}
+    named = {one: split for one in folders if (split := split_of(one))}
+    nested = {parts[0] for parts in inside if len(parts) > 2}
+    return named if named.keys() & nested or named.keys() == folders else {}
+
+
 def descend(tree: Tree) -> Path:
     """The folder with the classes or splits: archives often have a single folder around them."""
     folder = Path()
     while True:
         below = {one.relative_to(folder).parts for one in tree.images if one.is_relative_to(folder)}
         first = {parts[0] for parts in below}
-        if len(first) != 1 or not all(len(parts) > 3 for parts in below):
+        if len(first) != 1 or split_of(*first) or any(len(parts) < 3 for parts in below):
             return folder
         folder /= first.pop()
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvit_mm.data.reading import opened, why_undecodable
 from fastvit_mm.errors import FastViTError
 
 from .found import Found
 from .names import read_names
-from .tree import Tree, divide, split_of
+from .tree import IMAGE, MASK, Tree, divide, size_of, split_of
+from .voc import split_lists
 
-MASK = r'segmentation_?class|segmentations?|segmaps?|segs?|masks?|annotations?|annots?|anns?'
-MASK += r'|labels?|ground_?truths?|gt_?fine|gts?|label_?ids|targets?'
-IMAGE = r'jpeg_?images?|images?|imgs?|photos?|pictures?|left_?img_?8bit|rgb|inputs?'
 UNLABELLED = {'unlabelled', 'unlabeled', 'void', 'ignore', 'ignored', 'undefined', 'unknown'}
+UNLABELLED |= {'nolabel', 'notlabelled', 'notlabeled'}
 MOST_READ = 2000  # masks; more are read in steps
 MOST_IDS = 256
 
@@ -29,6 +29,14 @@ def is_mask_folder(name: str) -> bool:
     """'masks', 'train_labels', 'trainannot', 'SegmentationClass'."""
     glued = re.fullmatch(rf'(?:train|val|valid|test)(?:{MASK})', name, re.I)
     return bool(glued) or word(MASK, name)
+
+
+def in_masks(path: Path) -> bool:
+    """Whether the deepest of its folders that says anything is one of masks."""
+    for name in reversed(path.parent.parts):
+        if is_mask_folder(name) or word(IMAGE, name):
+            return is_mask_folder(name)
+    return False
 
 
 def looks_like_masks(folders: Iterable[str]) -> bool:
@@ -48,17 +56,17 @@ def key(path: Path) -> tuple:
             text = less
         return text.strip('_-. ').lower()
 
-    return (*filter(None, map(bare, path.parent.parts)), bare(path.stem) or path.stem)
+    return (*filter(None, map(bare, path.parent.parts)), bare(path.stem))
 
 
 def pair(tree: Tree) -> tuple[list[tuple[Path, Path]], list[Path]]:
     """Images with their masks, and images without.
 
     Raises:
-        FastViTError: no masks, or several for one image.
+        FastViTError: no masks, or several for one image, or several images for one.
     """
-    marked = {p for p in tree.images if any(map(is_mask_folder, p.parent.parts))}
-    marked |= {p for p in tree.images if word(MASK, p.stem) and p not in marked} or beside(tree)
+    marked = {one for one in tree.images if in_masks(one)}
+    marked = marked or {one for one in tree.images if word(MASK, one.stem)} or beside(tree)
     plain = [one for one in tree.images if one not in marked]
     masks: dict[tuple, Path] = {}
     for one in sorted(marked):
@@ -66,7 +74,11 @@ def pair(tree: Tree) -> tuple[list[tuple[Path, Path]], list[Path]]:
             raise FastViTError(
                 f'{other} and {one} are both masks of one image: leave one kind of masks in --data'
             )
-    pairs = [(one, masks[key(one)]) for one in plain if key(one) in masks]
+    images: dict[tuple, Path] = {}
+    for one in plain:
+        if key(one) in masks and (other := images.setdefault(key(one), one)) is not one:
+            raise FastViTError(f'{other} and {one} are both images of {masks[key(one)]}: leave one')
+    pairs = [(image, masks[same]) for same, image in images.items() if same in masks]
     if not pairs:
         raise FastViTError(
             f'{tree}, but {len(marked)} masks for {len(plain)} images, none of the same name: put '
@@ -81,28 +93,86 @@ def beside(tree: Tree) -> set[Path]:
     return {p for p in tree.of('.png') if p.with_suffix('') in jpegs}
 
 
+def check_sizes(tree: Tree, pairs: list[tuple[Path, Path]]) -> None:
+    """Raises:
+    FastViTError: a mask has another size than its image, or is none.
+    """
+    for image, mask in pairs:
+        size = size_of(tree.root / image)
+        try:
+            with opened(tree.root / mask) as content:
+                other = content.size
+        except Exception as error:  # each format has its own errors
+            path = tree.root / mask
+            raise FastViTError(f'{path} {why_undecodable(path)}') from error
+        if size != other:
+            has = f'{size[0]} x {size[1]} pixels, its mask {mask} {other[0]} x {other[1]}'
+            raise FastViTError(f'{tree.root / image} has {has}')
+
+
 def count_ids(paths: list[Path]) -> tuple[Counter, bool]:
     """In how many masks each id occurs, and whether the ids are colours.
 
     Raises:
         FastViTError: more ids than any data set has classes: no masks of classes.
     """
+    some = paths[:: -(-len(paths) // MOST_READ)]
+    palette: dict[int, tuple] = {}
+    found: Counter = Counter()
+    for path in some:
+        if (ids := ids_in(path, palette)) is None:
+            break
+        found.update(ids)
+        check_number(found, path)
+    else:
+        return found, False
+    found = Counter()
+    for path in some:
+        found.update(distinct(path, colours=True))
+        check_number(found, path)
+    return found, True
+
+
+def ids_in(path: Path, palette: dict[int, tuple]) -> list[int] | None:
+    """The ids of a mask; None if it has colours, or a palette with another colour for an id.
+
+    Args:
+        palette: colours by id of other masks; those of this one are added.
+    """
+    try:
+        ids = distinct(path)
+    except NotIds:
+        return None
+    with opened(path) as mask:
+        entries = mask.getpalette() if mask.mode == 'P' else None
+    for one in ids if entries else ():
+        colour = tuple(entries[3 * one : 3 * one + 3])
+        if palette.setdefault(one, colour) != colour:
+            return None
+    return ids
+
+
+def distinct(path: Path, colours: bool = False) -> list[int]:
+    """The numbers that occur in a mask, in order.
+
+    Raises:
+        FastViTError: it cannot be read; :class:`NotIds` where it has colours.
+    """
     from fastvit_mm.data.mask_pairs import read_ids
 
-    some = paths[:: -(-len(paths) // MOST_READ)]
-    colours, found = False, Counter()
-    for path in some:
-        try:
-            ids = np.unique(read_ids(path, colours))
-        except FastViTError:  # a colour: begin again with colours
-            colours, found = True, Counter()
-            for one in some:
-                found.update(np.unique(read_ids(one, True)).tolist())
-                check_number(found, one)
-            return found, True
-        found.update(ids.tolist())
-        check_number(found, path)
-    return found, colours
+    try:
+        pixels = read_ids(path, colours)
+    except FastViTError as error:
+        raise NotIds(str(error)) from error
+    except Exception as error:  # each format has its own errors
+        raise FastViTError(f'{path} {why_undecodable(path)}') from error
+    if pixels.min() >= 0 and pixels.max() < 65536:  # sorting takes a second for a photo
+        return np.flatnonzero(np.bincount(pixels.ravel())).tolist()
+    return np.unique(pixels).tolist()
+
+
+class NotIds(FastViTError):
+    """A mask has colours."""
 
 
 def check_number(found: Counter, path: Path) -> None:
@@ -127,7 +197,7 @@ def choose_unlabelled(ids: list, names: dict, given: str | None) -> tuple[list, 
             known = ', '.join(list(texts)[:20])
             raise FastViTError(f'--unlabelled {given} is no id of the masks; they have {known}')
         return [texts[wanted]], 'as --unlabelled says'
-    named = [i for i in ids if re.sub(r'\W', '', names.get(i, '')).lower() in UNLABELLED]
+    named = [i for i in ids if re.sub(r'[\W_]', '', names.get(i, '')).lower() in UNLABELLED]
     if named:
         return named, 'by its name'
     if names and 0 in ids and 0 not in names and set(ids) - {0, 255} <= set(names):
@@ -140,7 +210,8 @@ def choose_unlabelled(ids: list, names: dict, given: str | None) -> tuple[list, 
 def default_name(one: int | str, ids: list) -> str:
     if one in (0, '#000000'):
         return 'background'
-    return 'object' if len(ids) == 2 else f'class_{str(one).removeprefix("#")}'
+    beside_background = len(ids) == 2 and ids[0] in (0, '#000000')
+    return 'object' if beside_background else f'class_{str(one).removeprefix("#")}'
 
 
 def find(
@@ -154,9 +225,10 @@ def find(
         FastViTError: no masks, or masks of no use; says why.
     """
     pairs, without = pair(tree)
+    check_sizes(tree, pairs[:: -(-len(pairs) // MOST_READ)])
     counts, colours = count_ids([tree.root / mask for _, mask in pairs])
     ids = [as_written(one, colours) for one in sorted(counts)]
-    known, source = read_names(tree, ids, names)
+    known, source, notes = read_names(tree, ids, names)
     ignored, why = choose_unlabelled(ids, known, unlabelled)
     # A class that no mask shows keeps its place: an export of a larger set has the same labels.
     kept = [one for one in known if one not in ignored] if known else []
@@ -167,16 +239,18 @@ def find(
             '--unlabelled none makes a class of every id'
         )
     splits: dict = {}
+    listed = split_lists(tree, 'Segmentation', {image.stem for image, _ in pairs})
     for image, mask in pairs:
-        splits.setdefault(split_of(mask_free(image)) or split_of(mask_free(mask)), []).append(
-            (image, mask)
-        )
+        split = split_of(image.parent) or split_of(mask.parent)
+        splits.setdefault(listed.get(image.stem) if listed else split, []).append((image, mask))
     parts, how = divide(splits, val, seed)
     classes = tuple(known.get(one) or default_name(one, kept) for one in kept)
     details = dict(ids=tuple(kept), unlabelled=tuple(ignored))
     found = Found('images and masks', tree.root, classes, parts, how, details=details)
-    shown = ', '.join(map(str, ids[:30])) + (' ...' if len(ids) > 30 else '')
-    found.say(f'ids in the masks: {shown}; names from {source or "nowhere: edit classes"}')
+    shown = [f'{one} = {name}' for one, name in zip(kept, classes, strict=True)][:30]
+    more = ' ...' if len(kept) > 30 else ''
+    found.say(f'ids: {", ".join(shown)}{more}; names from {source or "nowhere: edit classes"}')
+    found.lines += notes
     if ignored:
         found.say(f'unlabelled: {", ".join(map(str, ignored))} ({why})')
     else:
@@ -184,7 +258,3 @@ def find(
     if without:
         found.say(f'note: {len(without)} images without a mask are not used: {without[0]} ...')
     return found
-
-
-def mask_free(path: Path) -> str:
-    return '/'.join(key(path)[:-1])

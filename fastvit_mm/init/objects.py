@@ -59,18 +59,43 @@ def checked_size(tree: Tree, path: Path, stated: tuple, source: Path) -> tuple[i
     return actual
 
 
-def one_image(tree: Tree, candidates: Iterable[Path], name: str, source: Path) -> Path:
-    """The image that an annotation file belongs to: the first candidate that exists, or the only
-    image of its name.
+def one_image(tree: Tree, path: Path, given: Path, folders: Iterable[Path]) -> Path:
+    """The image that an annotation file belongs to: of its own name, or else the one it names.
+
+    Args:
+        path: the annotation file.
+        given: the image that it names; files that were renamed or copied name another one.
+        folders: where the image may lie.
 
     Raises:
         FastViTError: there is none, or several.
     """
-    known = set(tree.images)
-    if found := next((one for one in candidates if one in known), None):
+    folders = list(folders)
+    exact = next((one / given.name for one in folders if one / given.name in tree.known), None)
+    if exact and exact.stem == path.stem:
+        return exact
+    own = [tree.image_at(one / path.stem) for one in folders]
+    if found := next(filter(None, [*own, exact]), None):
         return found
-    same = tree.by_name.get(name, [])
+    same = tree.by_name.get(given.name, [])
     if len(same) == 1:
         return same[0]
     state = 'is missing' if not same else f'exists {len(same)} times'
-    raise FastViTError(f'{source}: its image {name} {state} under {tree.root}')
+    source = tree.root / path
+    raise FastViTError(f'{source}: its image {given.name} {state} under {tree.root}')
+
+
+def claim(claimed: dict[Path, Path], image: Path, path: Path) -> None:
+    """Note the annotation file of an image.
+
+    Raises:
+        FastViTError: it has another one already.
+    """
+    if (other := claimed.setdefault(image, path)) != path:
+        raise FastViTError(f'{other} and {path} are both for {image}: mend the names or leave one')
+
+
+def without(tree: Tree, claimed: dict[Path, Path], what: str) -> list[str]:
+    """A line about the images that have no annotation file."""
+    rest = [one for one in tree.images if one not in claimed]
+    return [f'note: {len(rest)} images have no {what}: not used: {rest[0]} ...'] if rest else []

@@ -15,8 +15,17 @@ from fastvit_mm.errors import FastViTError, one_line
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 SPLITS = ('train', 'val', 'test')
-SPLIT_WORDS = dict(train='train', training='train', val='val', valid='val', validation='val')
-SPLIT_WORDS |= dict(test='test', testing='test')
+SPLIT_WORDS = dict(
+    train='train training',
+    val='val valid validation validate dev eval evaluation holdout minival',
+    test='test testing',
+)
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words.split()}
+MASK = r'segmentation_?class|segmentations?|segmaps?|segs?|masks?|annotations?|annots?|anns?'
+MASK += r'|labels?|ground_?truths?|gt_?fine|gts?|label_?ids|targets?'
+IMAGE = r'jpeg_?images?|images?|imgs?|photos?|pictures?|left_?img_?8bit|rgb|inputs?'
+BESIDE = rf'(?:{MASK}|{IMAGE}|data|data_?sets?|sets?|splits?|samples?|files|[\W_\d])*'
+SPLIT = re.compile(rf'{BESIDE}\b({"|".join(SPLIT_OF)})\b{BESIDE}', re.I)
 
 
 class Tree:
@@ -40,14 +49,23 @@ class Tree:
         self.root = given.parent if self.asked else given
         self.skip = skip
         self.files = sorted(self._walk())
+        if self.asked and not self.of(*IMAGES):  # annotations/a.json beside images/
+            self.root = self.root.parent
+            self.files = sorted(self._walk())
         if not self.files:
             raise FastViTError(f'--data {path} is an empty folder: give the one with your images')
 
     def _walk(self) -> Iterable[Path]:
+        seen = set()  # links may lead back
         for folder, inner, names in os.walk(self.root, followlinks=True):
+            here, real = Path(folder).relative_to(self.root), os.path.realpath(folder)
+            if real in seen or (here.parts and is_written(Path(folder))):
+                inner.clear()
+                continue
+            seen.add(real)
             usual = [one for one in inner if not one.startswith(('.', '__MACOSX'))]
             inner[:] = [one for one in usual if Path(folder, one) != self.skip]
-            here = Path(folder).relative_to(self.root)
+            inner.sort(key=lambda one: (Path(folder, one).is_symlink(), one))
             yield from (here / name for name in names if not name.startswith('.'))
 
     def of(self, *suffixes: str) -> list[Path]:
@@ -56,6 +74,31 @@ class Tree:
     @cached_property
     def images(self) -> list[Path]:
         return self.of(*IMAGES)
+
+    @cached_property
+    def known(self) -> set[Path]:
+        """The images."""
+        return set(self.images)
+
+    @cached_property
+    def by_stem(self) -> dict[Path, list[Path]]:
+        """Images by their paths without suffixes."""
+        found: dict[Path, list[Path]] = {}
+        for one in self.images:
+            found.setdefault(one.with_suffix(''), []).append(one)
+        return found
+
+    def image_at(self, stem: Path) -> Path | None:
+        """The image of this path without a suffix.
+
+        Raises:
+            FastViTError: there are several.
+        """
+        found = self.by_stem.get(stem, [])
+        if len(found) > 1:
+            both = f'{self.root / found[0]} and {found[1].name}'
+            raise FastViTError(f'{both} have one name, so that annotations fit both: leave one')
+        return found[0] if found else None
 
     @cached_property
     def by_name(self) -> dict[str, list[Path]]:
@@ -72,11 +115,25 @@ class Tree:
         listed = ', '.join(f'{n} {kind}' for kind, n in kinds.most_common(5))
         return f'{self.root} holds {listed} in {folders} folder{"s" * (folders != 1)}'
 
-    def json(self, path: Path):
+    @cached_property
+    def jsons(self) -> dict[Path, object]:
+        """The contents of JSON files, without LabelMe's images; an error where one is broken."""
+        return {path: self._json(path) for path in self.of('.json')}
+
+    def _json(self, path: Path):
         try:
-            return json.loads((self.root / path).read_bytes())
+            content = json.loads((self.root / path).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise FastViTError(f'{self.root / path} is no JSON: {one_line(error)}') from error
+            return FastViTError(f'{self.root / path} is no JSON: {one_line(error)}')
+        if isinstance(content, dict):
+            content.pop('imageData', None)
+        return content
+
+    def text(self, path: Path) -> str:
+        try:
+            return (self.root / path).read_text(encoding='utf-8-sig')
+        except (OSError, ValueError) as error:
+            raise FastViTError(f'{self.root / path} is no UTF-8 text: {one_line(error)}') from error
 
 
 def plain(path: str | Path) -> Path:
@@ -84,10 +141,30 @@ def plain(path: str | Path) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
-def split_of(path: str | Path) -> str | None:
-    """train, val or test if a word of the path says so: 'valid/a.jpg', 'instances_val2017.json'."""
-    words = re.split(r'[\W_\d]+', str(path).lower())
-    return next((SPLIT_WORDS[one] for one in words if one in SPLIT_WORDS), None)
+def is_written(folder: Path) -> bool:
+    """Whether an earlier call has written this folder."""
+    try:
+        with (folder / 'config.py').open(encoding='utf-8') as file:
+            return 'Written by `fastvit init`' in file.readline()
+    except (OSError, ValueError):
+        return False
+
+
+def split_of(folder: str | Path) -> str | None:
+    """train, val or test if a folder's whole name says so, the deepest first: 'valid/a',
+    'train_images', but not 'freight train'."""
+    for part in reversed(Path(folder).parts):
+        apart = re.sub(r'[_\d]+', ' ', part)  # of which \b knows nothing
+        glued = re.sub(rf'^(train|val|valid|test)(?={MASK}$)', r'\1 ', apart, flags=re.I)
+        if found := SPLIT.fullmatch(glued):
+            return SPLIT_OF[found[1].lower()]
+    return None
+
+
+def almost_splits(images: Iterable[Path]) -> list[str]:
+    """Names of folders that hold the word of a split and something else: 'my_train'."""
+    names = {name for one in images for name in one.parent.parts if split_of(name) is None}
+    return sorted(one for one in names if {*re.split(r'[\W_\d]+', one.lower())} & {*SPLIT_OF})
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -99,7 +176,8 @@ def size_of(path: Path) -> tuple[int, int]:
     try:
         with opened(path) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
+            turns = image.format not in ('TIFF', 'WEBP')  # read as Pillow gives them
+            turned = turns and 5 <= image.getexif().get(0x0112, 1) <= 8
     except Exception as error:  # each format has its own errors
         raise FastViTError(f'{path} {why_undecodable(path)}') from error
     return (height, width) if turned else (width, height)
@@ -123,15 +201,21 @@ def draw(samples: list, fraction: float, seed: int, groups: list | None = None) 
         FastViTError: nothing would be left of one part.
     """
     rng, chosen = np.random.default_rng(seed), set()
-    groups = groups or [0] * len(samples)
-    for group in sorted(set(groups)):
-        places = [i for i, one in enumerate(groups) if one == group]
+    members: dict = {}
+    for place, group in enumerate(groups or [0] * len(samples)):
+        members.setdefault(group, []).append(place)
+    for _, places in sorted(members.items()):
         number = min(max(1, round(fraction * len(places))), len(places) - 1)
         chosen |= set(rng.permutation(places)[:number].tolist())
     if not chosen:
         raise FastViTError(f'{len(samples)} images are too few to keep some for validation')
     parts = [s for i, s in enumerate(samples) if i not in chosen]
     return parts, [samples[i] for i in sorted(chosen)]
+
+
+def name_of(sample) -> str:
+    """The image of a sample of any task."""
+    return str(sample['file_name'] if isinstance(sample, dict) else sample[0])
 
 
 def divide(splits: dict, fraction: float, seed: int, groups=None) -> tuple[dict, str]:
@@ -147,8 +231,10 @@ def divide(splits: dict, fraction: float, seed: int, groups=None) -> tuple[dict,
             parts = ' and '.join(known) or 'nothing'
             raise FastViTError(f'found images for {parts}, but none to train with')
         known['train'] = splits[None]
-    rest = len(splits.get(None, [])) if splits.get('train') else 0
-    others = f'; {rest} images beside them are not used' if rest else ''
+    rest = splits.get(None) if splits.get('train') else None
+    others = (
+        f'; {len(rest)} images beside them are not used: {name_of(rest[0])} ...' if rest else ''
+    )
     if known.get('val'):
         return known, f'as the folders say{others}'
     wanted = groups(known['train']) if groups else None

@@ -1,20 +1,23 @@
 """Pascal VOC: an xml file for each image. Corners are numbers of pixels that count from 1."""
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 from fastvit_mm.errors import FastViTError, one_line
 
 from .found import Found
-from .objects import checked_size, entry, from_corners, one_image
-from .tree import Tree, divide, split_of
+from .objects import checked_size, claim, entry, from_corners, one_image, without
+from .tree import SPLITS, Tree, divide, split_of
 
 
 def lies_in(tree: Tree) -> str | None:
     found = tree.of('.xml')
-    if found and any(parse(tree, one).tag == 'annotation' for one in found[:3]):
-        return f'{len(found)} xml files'
-    return None
+    return f'{len(found)} xml files' if any(is_voc(tree, one) for one in found[:3]) else None
+
+
+def is_voc(tree: Tree, path: Path) -> bool:
+    return bool(re.search(rb'<annotation[\s>]', (tree.root / path).read_bytes()[:1000]))
 
 
 def parse(tree: Tree, path: Path) -> ElementTree.Element:
@@ -32,38 +35,48 @@ def read(tree: Tree, val: float, seed: int) -> Found:
     trees = {path: one for path, one in trees.items() if one.tag == 'annotation'}
     names = {o.findtext('name', '').strip() for t in trees.values() for o in t.iter('object')}
     classes = tuple(sorted(names))
-    listed, splits, hard = split_lists(tree), {}, 0
+    listed, splits, hard, claimed = split_lists(tree, 'Main', {p.stem for p in trees}), {}, 0, {}
     for path, one in trees.items():
         image, made = annotated(tree, path, one, classes)
+        claim(claimed, image, path)
         hard += sum(o['iscrowd'] for o in made['annotations'])
-        split = listed.get(path.stem) or split_of(image.parent) or split_of(path.parent)
-        splits.setdefault(split, []).append(made)
-    if listed:  # VOC lists what it uses
-        splits.pop(None, None)
+        split = split_of(image.parent) or split_of(path.parent)
+        splits.setdefault(listed.get(path.stem) if listed else split, []).append(made)
     parts, how = divide(splits, val, seed)
     found = Found('Pascal VOC files', tree.root, classes, parts, how)
+    found.lines += without(tree, claimed, 'xml file')
     if hard:
         found.say(f'{hard} objects are marked difficult: neither learned nor counted')
     return found
 
 
-def split_lists(tree: Tree) -> dict[str, str]:
-    """The split of each name, from ImageSets/Main/train.txt and the like."""
-    found = {}
-    for split in ('train', 'val', 'test'):
-        for path in tree.of('.txt'):
-            if path.parts[-3:-1] == ('ImageSets', 'Main') and path.stem == split:
-                rows = (tree.root / path).read_text(encoding='utf-8').splitlines()
-                found |= {row.split()[0]: split for row in rows if row.strip()}
+def split_lists(tree: Tree, kind: str, names: set[str]) -> dict[str, str]:
+    """The split of each name, from ImageSets/Main/train.txt and the like.
+
+    Args:
+        kind: Main or Segmentation.
+        names: what may be listed.
+
+    Raises:
+        FastViTError: another name is, or one for two splits.
+    """
+    found: dict[str, str] = {}
+    for path in tree.of('.txt'):
+        if path.parts[-3:-1] != ('ImageSets', kind) or path.stem not in SPLITS:
+            continue
+        for row in filter(None, map(str.strip, tree.text(path).splitlines())):
+            name = row if row in names else re.sub(r'\s+(-1|0|1)$', '', row)
+            if name not in names:
+                raise FastViTError(f'{tree.root / path} lists {name!r}, which has no annotations')
+            if (other := found.setdefault(name, path.stem)) != path.stem:
+                raise FastViTError(f'{tree.root / path} lists {name!r}, which {other}.txt has, too')
     return found
 
 
 def annotated(tree: Tree, path: Path, one: ElementTree.Element, classes) -> tuple[Path, dict]:
-    given = one.findtext('filename', '').strip() or path.stem
-    name = Path(given.replace('\\', '/')).name
+    given = Path((one.findtext('filename', '').strip() or path.stem).replace('\\', '/'))
     folders = [path.parent, path.parent.parent / 'JPEGImages', path.parent.parent / 'images']
-    names = [name, *(path.stem + s for s in ('.jpg', '.jpeg', '.png', '.JPG')), name + '.jpg']
-    image = one_image(tree, (f / n for f in folders for n in names), name, tree.root / path)
+    image = one_image(tree, path, given, folders)
     stated = tuple(int(float(one.findtext(f'size/{k}') or 0)) for k in ('width', 'height'))
     size = checked_size(tree, image, stated, tree.root / path)
     objects = [from_xml(tree.root / path, o, classes, size) for o in one.iter('object')]

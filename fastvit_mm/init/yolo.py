@@ -3,6 +3,7 @@
 Numbers are fractions of the image's width and height, the image turned upright by its EXIF data.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -10,14 +11,14 @@ import yaml
 from fastvit_mm.errors import FastViTError, one_line
 
 from .found import Found
-from .objects import entry, from_corners, from_polygons
-from .tree import Tree, divide, size_of, split_of
+from .objects import claim, entry, from_corners, from_polygons
+from .tree import SPLITS, Tree, divide, size_of, split_of
 
 LISTS = ('classes.txt', 'obj.names', 'data.names')
 
 
 def lies_in(tree: Tree) -> str | None:
-    named = names_file(tree)
+    named = (names_files(tree) or [None])[0]
     labels = [one for one in tree.of('.txt') if one.name not in LISTS and is_label(tree, one)]
     if named and labels:
         return f'{len(labels)} txt files and {named}'
@@ -26,13 +27,7 @@ def lies_in(tree: Tree) -> str | None:
 
 def is_label(tree: Tree, path: Path) -> bool:
     """Whether an image of the same name lies where YOLO looks for it."""
-    return any(one in image_stems(tree) for one in image_places(path))
-
-
-def image_stems(tree: Tree) -> dict[Path, Path]:
-    if not hasattr(tree, 'stems'):
-        tree.stems = {one.with_suffix(''): one for one in tree.images}
-    return tree.stems
+    return any(one in tree.by_stem for one in image_places(path))
 
 
 def image_places(label: Path) -> list[Path]:
@@ -46,29 +41,40 @@ def image_places(label: Path) -> list[Path]:
     return [*reversed(swapped), stem]
 
 
-def names_file(tree: Tree) -> Path | None:
-    """The yaml with ``names``, or a list of names."""
+def names_files(tree: Tree) -> list[Path]:
+    """Each yaml with ``names``, or else the lists of names."""
     if tree.asked and tree.asked.suffix in ('.yaml', '.yml'):
-        return tree.asked.relative_to(tree.root)
-    for path in tree.of('.yaml', '.yml'):
-        if isinstance(content := load(tree, path), dict) and 'names' in content:
-            return path
-    return next((one for one in tree.files if one.name in LISTS), None)
+        return [tree.asked.relative_to(tree.root)]
+    yamls = [one for one in tree.of('.yaml', '.yml') if has_names(tree, one)]
+    return yamls or [one for one in tree.files if one.name in LISTS]
+
+
+def has_names(tree: Tree, path: Path) -> bool:
+    try:
+        content = load(tree, path)
+    except FastViTError:  # of another program
+        return False
+    return isinstance(content, dict) and 'names' in content
 
 
 def load(tree: Tree, path: Path):
+    """The content, all of it as text: `no` is a name."""
     try:
-        return yaml.safe_load((tree.root / path).read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return yaml.load(tree.text(path), yaml.BaseLoader)
+    except yaml.YAMLError as error:
         raise FastViTError(f'{tree.root / path} is no YAML: {one_line(error)}') from error
 
 
 def class_names(tree: Tree, path: Path) -> dict[int, str]:
     """Names by class number, in their order; numbers may have gaps."""
     if path.suffix not in ('.yaml', '.yml'):
-        lines = (tree.root / path).read_text(encoding='utf-8').splitlines()
-        return {i: one.strip() for i, one in enumerate(one for one in lines if one.strip())}
-    names = (load(tree, path) or {}).get('names')
+        lines = tree.text(path).splitlines()
+        return {i: one.strip() for i, one in enumerate(lines) if one.strip()}
+    content = load(tree, path)
+    content = content if isinstance(content, dict) else {}
+    if 'kpt_shape' in content:
+        raise FastViTError(f'{tree.root / path} is for key points (kpt_shape): give boxes')
+    names = content.get('names')
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(names, dict) or not all(str(one).isdecimal() for one in names):
         raise FastViTError(f'{tree.root / path}: names must be a list, or names by class number')
@@ -79,20 +85,18 @@ def read(tree: Tree, val: float, seed: int) -> Found:
     """Raises:
     FastViTError: names the file and the line.
     """
-    source = names_file(tree)
+    source, *others = names_files(tree)
     names = class_names(tree, source)
+    for other in others:
+        if class_names(tree, other) != names:
+            raise FastViTError(f'{tree.root}: {source} and {other} name the classes differently')
     places = {number: place for place, number in enumerate(names)}
     splits: dict = {}
-    labels = {}
-    for path in tree.of('.txt'):
-        image = next(
-            (image_stems(tree)[p] for p in image_places(path) if p in image_stems(tree)), 0
-        )
-        if image and path.name not in LISTS:
-            labels[image] = path
-    folders = split_folders(tree, source)
+    labels = labels_of(tree)
+    listed = split_places(tree, source)
     for image in tree.images:
-        split = split_by(folders, image) or split_of(image.parent)
+        among = next((listed[one] for one in (image, *image.parents) if one in listed), None)
+        split = among if listed else split_of(image.parent)
         size = size_of(tree.root / image)
         objects = objects_of(tree, labels[image], places, size) if image in labels else []
         splits.setdefault(split, []).append(entry(tree, image, objects, size))
@@ -100,29 +104,73 @@ def read(tree: Tree, val: float, seed: int) -> Found:
     return Found('YOLO labels', tree.root, tuple(names.values()), parts, how)
 
 
-def split_folders(tree: Tree, source: Path) -> dict[str, str]:
-    """Folders of images by split, as the yaml says, where they exist."""
+def labels_of(tree: Tree) -> dict[Path, Path]:
+    """The label file of each image that has one."""
+    found: dict[Path, Path] = {}
+    for path in tree.of('.txt'):
+        image = next(filter(None, map(tree.image_at, image_places(path))), None)
+        if image and path.name not in LISTS:
+            claim(found, image, path)
+    return found
+
+
+def split_places(tree: Tree, source: Path) -> dict[Path, str]:
+    """The split of each folder or image that the yaml names, in folders or in lists of images;
+    nothing if it names the same for all.
+
+    Raises:
+        FastViTError: what it names for train or val does not exist.
+    """
     content = load(tree, source) if source.suffix in ('.yaml', '.yml') else {}
-    found = {}
-    for split in ('train', 'val', 'test'):
-        given = content.get(split)
-        if not isinstance(given, str) or given.endswith('.txt'):
+    by_split = {one: named(tree, source, content, one) for one in SPLITS}
+    by_split = {split: places for split, places in by_split.items() if places}
+    if by_split.get('train') == by_split.get('val'):
+        return {}
+    found: dict[Path, str] = {}
+    for split, places in by_split.items():
+        for one in places:
+            if split in SPLITS[:2] and found.get(one, split) != split:
+                raise FastViTError(f'{tree.root / source}: {one} is both in train and in val')
+            found.setdefault(one, split)
+    return found
+
+
+def named(tree: Tree, source: Path, content: dict, split: str) -> set[Path]:
+    """Folders and images of a split."""
+    given, base = content.get(split) or [], content.get('path') or ''
+    folders = {up for one in tree.images for up in one.parents}
+    found: set[Path] = set()
+    for one in [given] if isinstance(given, str) else given:
+        is_list = one.endswith('.txt')
+        known = set(tree.of('.txt')) if is_list else folders
+        path = place(tree, source.parent, Path(base, one), known)
+        if path is None and split in SPLITS[:2]:
+            raise FastViTError(f'{tree.root / source} names {one} for {split}, which is missing')
+        if path is None:
             continue
-        base = Path(str(content.get('path') or ''))
-        for folder in (base / given, Path(given), Path(given.removeprefix('../'))):
-            inside = Path(folder.as_posix().removeprefix(tree.root.as_posix() + '/'))
-            if not inside.is_absolute() and (tree.root / source.parent / inside).is_dir():
-                found[split] = (source.parent / inside).as_posix()
-                break
-    return {} if len(set(found.values())) < len(found) else found
+        found |= set(images_in(tree, path)) if is_list else {path}
+    return found
 
 
-def split_by(folders: dict[str, str], image: Path) -> str | None:
-    return next((s for s, folder in folders.items() if image.is_relative_to(folder)), None)
+def images_in(tree: Tree, path: Path) -> Iterator[Path]:
+    """The images that a file lists."""
+    for row in filter(None, map(str.strip, tree.text(path).splitlines())):
+        image = place(tree, path.parent, Path(row), tree.known)
+        if image is None:
+            raise FastViTError(f'{tree.root / path} lists {row}, which is missing')
+        yield image
+
+
+def place(tree: Tree, near: Path, path: Path, known: set[Path]) -> Path | None:
+    """The longest end of a path that exists; beginnings are often those of another machine."""
+    parts = [one for one in path.parts if one not in ('..', path.anchor)]
+    ends = (Path(*parts[i:]) for i in range(max(len(parts), 1)))
+    both = (folder / end for end in ends for folder in (near, Path()))
+    return next((one for one in both if one in known), None)
 
 
 def objects_of(tree: Tree, path: Path, places: dict[int, int], size: tuple) -> list[dict]:
-    lines = (tree.root / path).read_text(encoding='utf-8').splitlines()
+    lines = tree.text(path).splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
