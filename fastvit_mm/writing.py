@@ -34,12 +34,15 @@ def whole(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def check_target(path: str | Path, suffixes: tuple[str, ...] = (), new: bool = False) -> Path:
-    """Fail before the work, not after it, if a file cannot be written; its folder is created.
+def check_target(
+    path: str | Path, suffixes: tuple[str, ...] = (), new: bool = False, create: bool = True
+) -> Path:
+    """Fail before the work, not after it, if a file cannot be written.
 
     Args:
         suffixes: of names that it may have; any, if there are none.
         new: whether it must not exist yet.
+        create: create its folder.
 
     Returns:
         ``path``, with the user's folder in place of ~.
@@ -53,6 +56,8 @@ def check_target(path: str | Path, suffixes: tuple[str, ...] = (), new: bool = F
         raise FastViTError(f'{path}: give a name that ends in {", ".join(others)} or {last}')
     if new and path.exists():
         raise FastViTError(f'{path} exists: give another name, or --force to overwrite it')
+    if not create:
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -40,7 +40,7 @@ def convert_file(
     Raises:
         FastViTError: ``src`` cannot be used, or ``dst`` not be written.
     """
-    dst = check_target(dst, ('.pth', '.pth.tar', '.safetensors'), new=not force)
+    dst = check_target(dst, ('.pth', '.pth.tar', '.safetensors'), new=not force, create=False)
     checkpoint = read(src, select=None if prefix else only_encoder)
     state = part_of(state_dict_of(checkpoint, src), prefix, src)
     state = {name: state[name] for name in only_encoder(state, src)}
