@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import cv2
 import foreign_layouts as foreign
 import numpy as np
 import pytest
@@ -254,8 +255,9 @@ def test_masks_of_no_use(tmp_path):
     foreign.images_and_masks(tmp_path / 'data', 4, (0,) * 5)
     refused(tmp_path, 'segmentation', 'have 1 class')
     for path in sorted((tmp_path / 'data/masks').iterdir()):
-        noise = np.random.default_rng(0).integers(0, 256, (64, 80), dtype=np.uint8)
-        save(path.with_suffix('.jpg'), np.stack([noise, noise.T.reshape(64, 80), noise], -1))
+        height, width = cv2.imread(str(path)).shape[:2]
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        save(path.with_suffix('.jpg'), noise)
         path.unlink()
     refused(tmp_path, 'segmentation', 'JPEG blurs them')
     for path in (tmp_path / 'data/masks').iterdir():
