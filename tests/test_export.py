@@ -435,7 +435,6 @@ def test_upernet(models, dynamic, tmp_path):
         (CLASSIFICATION, {}, {}, None),
         (SEGMENTATION, {}, {}, (64, 64)),
         (SEGMENTATION, dict(scale=(160, 96), keep_ratio=False), {}, (96, 160)),
-        (SEGMENTATION, {}, dict(stride=(32, 16)), (64, 64)),  # mmseg needs no mode
         (SEGMENTATION, {}, dict(mode='slide', crop_size=(64, 32), stride=(32, 16)), (64, 32)),
         (DETECTION, {}, {}, None),
     ],

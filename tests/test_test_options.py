@@ -108,6 +108,7 @@ def test_mirrored_images(segmenter, tool, tmp_path, form, monkeypatch):
     assert code == 0, err
     cfg = Config.fromfile(config)
     fastvit_mm.demo.apply_demo(cfg)
+    cfg.work_dir = str(tmp_path / 'own')
     runner = launch.test_runner(cfg, str(checkpoint))
     runner.load_or_resume()
     model = runner.model.eval()
@@ -145,7 +146,7 @@ def test_mirrored_classes(tool, tmp_path, exported):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         pipeline = Compose(cfg.test_dataloader.dataset.pipeline[1:])
     if exported:
-        export(model, file := tmp_path / 'model.onnx', 'onnx', size=sizes_of(model, cfg)[0])
+        export(model, file := tmp_path / 'model.onnx', 'onnx', size=sizes_of(model, cfg)[0][0])
     out = tmp_path / 'predictions.pkl'
     args = ('--demo', '--tta', '--out', out, '--work-dir', tmp_path / 'run')
     code, err = tool('test', config, file, *args)

@@ -1,10 +1,12 @@
 """OpenMMLab hook: after a test, what each class and each image came to."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine import fileio
 from mmengine.dist import barrier, get_rank, get_world_size, is_main_process
+from mmengine.dist import utils as dist_utils
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -96,7 +98,8 @@ class TestReportHook(Hook):
         if 'gt_instances' in sample and judged is None:
             truth = None
         found = prediction_of(sample, faces, self.score_thr)
-        return pictures.compare(image, truth, found, meta, caption)
+        with every_rank_draws():
+            return pictures.compare(image, truth, found, meta, caption)
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         barrier()
@@ -119,6 +122,17 @@ class TestReportHook(Hook):
             for key, values in found.items()
             if key in COLUMNS and len(values) == number
         }
+
+
+@contextmanager
+def every_rank_draws() -> Iterator[None]:
+    """OpenMMLab's visualizers do nothing on other ranks than 0; here each has images of its own."""
+    asked = dist_utils.is_main_process
+    dist_utils.is_main_process = lambda *_: True
+    try:
+        yield
+    finally:
+        dist_utils.is_main_process = asked
 
 
 def precisions(evaluator: Evaluator) -> Iterator[dict]:
