@@ -17,6 +17,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile('long', deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'suite'))
 
+# PyTorch starts its threads for gradients in the first backward pass. If that were one on a fake
+# device (torch.compile), no forked process could train.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 runs = itertools.count()
 
 
