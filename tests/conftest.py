@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import signal
 import time
 
 import hypothesis
@@ -35,6 +36,15 @@ def runs_of_their_own(monkeypatch):
         return f'{text}_{next(runs)}' if form == '%Y%m%d_%H%M%S' else text
 
     monkeypatch.setattr(time, 'strftime', numbered)
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_of_another_test():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """What ends a training early says so in one line, and costs nothing that was saved."""
 
 import ctypes
+import multiprocessing
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ from test_tools import load_tool
 
 from fastvit_mm import FastViT, FastViTError, weights
 from fastvit_mm.finite import all_finite
+from fastvit_mm.hooks import StopOnSignalHook
 from fastvit_mm.running import work_dir
 from fastvit_mm.writing import whole
 
@@ -460,3 +462,17 @@ def test_a_data_worker_of_a_test_that_dies(tmp_path, kind):
     # only a training's workers take notes
     assert ('while reading image_' in message) == (kind == 'training')
     assert 'between' not in message
+
+
+def test_a_metrics_process_can_be_ended():
+    """mmdet's evaluation in processes forks them during a training, terminates them, and waits."""
+    hook = StopOnSignalHook()
+    hook.before_train(None)
+    try:
+        process = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+        process.start()
+        process.terminate()
+        process.join(20)
+        assert process.exitcode is not None, process.kill() or 'it sleeps on'
+    finally:
+        hook.restore()

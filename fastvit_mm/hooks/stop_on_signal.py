@@ -62,7 +62,9 @@ class StopOnSignalHook(Hook):
         self.previous = {}
 
     def receive(self, number: int, frame=None) -> None:
-        if os.getpid() != self.process:  # a data worker, which inherited this
+        if os.getpid() != self.process:  # a data worker or a metric's process, which inherited this
+            if number == signal.SIGTERM:  # by which a pool ends its processes, and waits for that
+                os._exit(128 + number)
             return
         if self.received:
             say('stopped at once')
